@@ -1,0 +1,78 @@
+"""Which connectors are there, and how is one built from its config dict?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from connectors.base import Connector, ConnectorConfig
+from connectors.config import config_from_mapping
+from connectors.errors import UserError
+from connectors.linear import LinearConnector
+from connectors.mlp import MLPConnector
+from connectors.pixel_shuffle import PixelShuffleConnector
+from connectors.registry import lookup
+
+__all__ = [
+    "CONNECTORS",
+    "Connector",
+    "ConnectorConfig",
+    "build_connector",
+    "connector_token_grid",
+    "resolve_connector_config",
+]
+
+CONNECTORS: dict[str, type[Connector]] = {
+    "linear": LinearConnector,
+    "mlp": MLPConnector,
+    "pixel_shuffle": PixelShuffleConnector,
+}
+
+
+def _parse(config: Mapping[str, Any]) -> tuple[type[Connector], ConnectorConfig]:
+    """Return the connector class that `config["type"]` names, and its checked config."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
+        raise UserError(
+            f"connector must be a mapping with a 'type', such as {{type: mlp}}, not {config!r}; "
+            f"choose a type from {', '.join(sorted(CONNECTORS))}"
+        )
+    values = dict(config)
+    name = values.pop("type")
+    connector_class = lookup("connector", name, CONNECTORS, group="vlm.connectors")
+    where = f"connector {name!r}"
+    return connector_class, config_from_mapping(connector_class.config_class, values, where)
+
+
+def build_connector(
+    config: Mapping[str, Any], vision_dims: Sequence[int], text_dim: int
+) -> Connector:
+    """Build the connector of `config`, such as `{"type": "mlp", "depth": 2}`, with new weights.
+
+    Args:
+        config: the connector's type and fields.
+        vision_dims: D of each feature map the vision encoder gives.
+        text_dim: E, the width of the language model's embeddings.
+
+    Raises:
+        UserError: unknown type, unknown field, or a value of the wrong type.
+    """
+    connector_class, parsed = _parse(config)
+    return connector_class(parsed, vision_dims, text_dim)
+
+
+def connector_token_grid(config: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
+    """Return (rows, columns) of the tokens of one view with (height, width) features.
+
+    Raises:
+        UserError: the config is wrong, or the connector cannot take such a grid.
+    """
+    return _parse(config)[1].token_grid(height, width)
+
+
+def resolve_connector_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with every default written out, as `config.json` keeps it.
+
+    Raises:
+        UserError: unknown type, unknown field, or a value of the wrong type.
+    """
+    parsed = _parse(config)[1]
+    return {"type": config["type"], **asdict(parsed)}

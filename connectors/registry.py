@@ -1,4 +1,4 @@
-"""How is a component found by name? Exact match in one dict, entry points on a miss, a clear error."""
+"""How is a component found by name? Exact match in one dict, then entry points, else an error."""
 
 import difflib
 from collections.abc import Mapping
