@@ -8,11 +8,13 @@ to the part that saw the image, shrunk if it exceeds anyres_max_N, each row clos
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlm.errors import UserError
 from vlm.tiling import AnyresTiling, Size, Tiling
 
 # anyres_max_N leaves the features alone until they exceed N tiles by this factor on each side.
@@ -126,3 +128,38 @@ def shrunk_size(size: Size, view_token_grid: Size, max_tiles: int | None) -> Siz
     if factor <= _SHRINK_ABOVE:
         return size
     return max(1, int(rows // factor)), max(1, int(cols // factor))
+
+
+def images_per_row(
+    row_tokens: Sequence[int],
+    image_tokens: Sequence[int],
+    record_ids: Sequence[str] | None = None,
+) -> list[int]:
+    """Return how many of the batch's images, taken in order, each row holds.
+
+    Args:
+        row_tokens: (B,) image tokens found in each row.
+        image_tokens: (n,) tokens that each image takes.
+        record_ids: names of the rows, for the error.
+
+    Raises:
+        UserError: the tokens of a row are not those of whole images, or images are left over.
+    """
+    counts, used = [], 0
+    for tokens in row_tokens:
+        start, total = used, 0
+        while total < tokens and used < len(image_tokens):
+            total, used = total + image_tokens[used], used + 1
+        if total != tokens:
+            break
+        counts.append(used - start)
+    if len(counts) < len(row_tokens) or used < len(image_tokens):
+        row = min(len(counts), len(row_tokens) - 1)
+        names = "" if record_ids is None else f" (records {', '.join(map(str, record_ids))})"
+        name = f"row {row}" if record_ids is None else f"record {record_ids[row]}"
+        raise UserError(
+            f"{sum(row_tokens)} image tokens in input_ids but {sum(image_tokens)} image features; "
+            f"rows have {list(row_tokens)} tokens, images {list(image_tokens)} features; first "
+            f"difference in {name}{names}"
+        )
+    return counts

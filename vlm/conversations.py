@@ -1,0 +1,157 @@
+"""How does a conversation become text, with the spans of it that a model is trained to say?
+
+messages = [{"role": "system" | "user" | "assistant", "content": [{"type": "image"}, {"type":
+"text", "text": "..."}]}]; images stand in the order of their entries.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from vlm.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+Message = Mapping[str, Any]
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, and the (start, end) characters that are supervised."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def check_messages(messages: Sequence[Message], num_images: int, image_token: str) -> list[dict]:
+    """Return the messages with every content as a list of entries.
+
+    Raises:
+        UserError: no messages, an unknown role or entry, a text that contains the image token, or
+            another number of image entries than of images.
+    """
+    if not messages:
+        raise UserError("the conversation is empty: it needs at least one message")
+    checked = [_check_message(i, message, image_token) for i, message in enumerate(messages)]
+    placeholders = sum(entry["type"] == "image" for m in checked for entry in m["content"])
+    if placeholders != num_images:
+        raise UserError(
+            f"the conversation has {placeholders} image placeholders but {num_images} images; "
+            'give one {"type": "image"} entry per image'
+        )
+    return checked
+
+
+def _check_message(index: int, message: Message, image_token: str) -> dict[str, Any]:
+    """Return one message with its content as a list of entries."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise UserError(f"message {index} has the role {role!r}; choose from {', '.join(ROLES)}")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise UserError(
+            f"message {index} ({role}) needs a content: a string or a list of entries, "
+            f"not {content!r}"
+        )
+    for entry in content:
+        kind = entry.get("type") if isinstance(entry, Mapping) else None
+        is_text = kind == "text" and isinstance(entry.get("text"), str)
+        if not is_text and kind != "image":
+            raise UserError(
+                f'message {index} ({role}) has the entry {entry!r}; allowed are {{"type": "image"}}'
+                ' and {"type": "text", "text": "..."}'
+            )
+        if is_text and image_token in entry["text"]:
+            raise UserError(
+                f"message {index} ({role}) has the image token {image_token!r} in its text: "
+                f"{entry['text'][:60]!r}; give images as entries of type image, or write it "
+                "otherwise"
+            )
+    return {"role": role, "content": list(content)}
+
+
+def render(
+    messages: Sequence[dict[str, Any]],
+    template: str,
+    special_tokens: Mapping[str, str],
+    image_token: str,
+    supervise: bool,
+    add_generation_prompt: bool,
+) -> Rendered:
+    """Return checked messages as text; with `supervise`, the marked spans too.
+
+    Raises:
+        UserError: `supervise` and no assistant turn, or no marks in the template; or the template
+            cannot take this conversation.
+    """
+    if supervise:
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UserError("the conversation has no assistant turn, so there is nothing to learn")
+        if not marks_generation(template):
+            raise UserError(
+                "the chat template has no {% generation %} marks, so what to learn is unknown; set "
+                "chat_template in the recipe's model, such as chatml"
+            )
+    if not takes_entries(template, image_token):
+        messages = [{**m, "content": flatten(m["content"], image_token)} for m in messages]
+    text, spans = _render_one(messages, template, special_tokens, supervise, add_generation_prompt)
+    return Rendered(text, tuple(map(tuple, spans)))
+
+
+def marks_generation(template: str) -> bool:
+    """Return whether the template marks what the assistant says."""
+    return _GENERATION_MARK.search(template) is not None
+
+
+def flatten(content: Sequence[Mapping[str, str]], image_token: str) -> str:
+    """Return a content as one string, for the templates of text-only language models."""
+    text, leading = "", True
+    for position, entry in enumerate(content):
+        if entry["type"] == "image":
+            text += image_token + ("\n" if leading else "")
+        else:
+            text += entry["text"].lstrip("\n") if leading and position else entry["text"]
+            leading = False
+    return text
+
+
+@lru_cache(maxsize=32)
+def takes_entries(template: str, image_token: str) -> bool:
+    """Return whether a template understands contents that are lists of image and text entries."""
+    content = [{"type": "image"}, {"type": "text", "text": "probe"}]
+    flat = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "reply"}]
+    listed = [{"role": "user", "content": content}, {"role": "assistant", "content": content[1:]}]
+    tokens = {"bos_token": "", "eos_token": ""}
+    try:
+        _render_one(flat, template, tokens, False, False)
+        text, _ = _render_one(listed, template, tokens, False, False)
+    except (UserError, TypeError):
+        return False  # it joins strings
+    return text.count(image_token) == 1 and "'type'" not in text
+
+
+def _render_one(
+    messages: Sequence[dict[str, Any]],
+    template: str,
+    special_tokens: Mapping[str, str],
+    supervise: bool,
+    add_generation_prompt: bool,
+) -> tuple[str, list[list[int]]]:
+    """Run Jinja on one conversation."""
+    try:
+        texts, spans = render_jinja_template(
+            [list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=supervise,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses this conversation: {error}") from error
+    return texts[0], spans[0] if supervise else []

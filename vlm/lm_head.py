@@ -1,0 +1,106 @@
+"""How do hidden states become logits, and a loss that never holds all of them?
+
+Shapes: B batch, L sequence, R supervised rows, E language-model width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
+
+from vlm.processing import IGNORE
+
+# Logits held at once, in elements: 256 MB in float32.
+CHUNK_ELEMENTS = 2**26
+
+
+def logit_transform(text_config: PreTrainedConfig) -> Callable[[Tensor], Tensor] | None:
+    """Return what a language model does to its head's output, None for nothing.
+
+    transformers applies these in each `...ForCausalLM.forward`, outside the head, so a model that
+    owns the head has to repeat them. Families are listed exactly; `VlmForConditionalGeneration.
+    from_components` compares with the language model's own logits and refuses others.
+    """
+    match text_config.model_type:
+        case "gemma2" | "gemma3_text" | "gemma3n_text":
+            cap = text_config.final_logit_softcapping
+            return None if cap is None else lambda logits: torch.tanh(logits / cap) * cap
+        case "cohere" | "cohere2":
+            scale = text_config.logit_scale
+            return lambda logits: logits * scale
+        case "granite" | "granitemoe":
+            divisor = text_config.logits_scaling
+            return lambda logits: logits / divisor
+        case _:
+            return None
+
+
+def supervised_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    num_items: Tensor | int | None = None,
+    new_document: Tensor | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> Tensor:
+    """Return the next-token cross-entropy over the supervised positions only.
+
+    Rows whose next label is IGNORE never reach the head, and the others go through it in chunks;
+    with more than one chunk each is computed again in the backward pass, so neither pass holds the
+    logits of more than `chunk_elements`.
+
+    Args:
+        hidden: (B, L, E) last hidden states.
+        labels: (B, L) ids, IGNORE where nothing is learnt; shifted here.
+        head: hidden rows (R, E) -> logits (R, V).
+        vocab_size: V.
+        num_items: what the sum is divided by (supervised tokens over accumulation and ranks);
+            None: by those of this batch.
+        new_document: (B, L - 1) True where position t + 1 starts another packed document, which
+            position t must not be asked to predict.
+        chunk_elements: how many logits may exist at once.
+    """
+    targets = labels[:, 1:]
+    if new_document is not None:
+        targets = targets.masked_fill(new_document, IGNORE)
+    learnt = targets != IGNORE
+    rows, targets = hidden[:, :-1][learnt], targets[learnt]  # (R, E), (R,)
+
+    def chunk_sum(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(chunk).float(), chunk_targets, reduction="sum")
+
+    size = max(1, chunk_elements // vocab_size)
+    if len(rows) <= size:
+        total = chunk_sum(rows, targets) if len(rows) else rows.sum().float()
+    else:
+        sums = [
+            checkpoint(chunk_sum, chunk, chunk_targets, use_reentrant=False)
+            for chunk, chunk_targets in zip(rows.split(size), targets.split(size), strict=True)
+        ]
+        total = torch.stack(sums).sum()
+    if num_items is None:
+        return total / max(1, len(rows))
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(total.device)
+    return total / num_items
+
+
+def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Return (B, L - 1) True where position t + 1 starts another packed document; None if none do.
+
+    A document starts where position_ids do not go on by one. Padding is not looked at: its
+    positions restart in every left-padded batch.
+    """
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return None
+    starts = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            return None  # the caller made the whole mask
+        real = attention_mask.bool()
+        starts = starts & real[:, 1:] & real[:, :-1]
+    return starts if bool(starts.any()) else None

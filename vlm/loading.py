@@ -1,0 +1,190 @@
+"""How is a model made: from a checkpoint folder, or from parts?"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import vlm.registration  # noqa: F401 - loading needs the Auto classes to know this model
+from connectors import connector_token_grid
+from vlm.chat_templates import CHAT_TEMPLATES
+from vlm.configuration import VlmConfig
+from vlm.encoders import load_vision_encoder
+from vlm.encoders.base import VisionEncoder
+from vlm.errors import UserError
+from vlm.image_processing import VlmImageProcessor
+from vlm.modeling import VlmForConditionalGeneration
+from vlm.processing import VlmProcessor
+from vlm.tiling import build_tiling, tiling_config
+
+__all__ = [
+    "VlmConfig",
+    "VlmForConditionalGeneration",
+    "VlmProcessor",
+    "assemble",
+    "load_model",
+]
+
+
+def load_model(
+    source: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[VlmForConditionalGeneration, VlmProcessor]:
+    """Load a checkpoint for use: in eval mode, on a device.
+
+    Args:
+        source: a folder written by `save_pretrained`, or a Hub id.
+        dtype: None keeps the checkpoint's.
+        device: None: a GPU if there is one.
+
+    Raises:
+        UserError: the source is not a checkpoint of this suite.
+    """
+    check_checkpoint(source)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        processor = VlmProcessor.from_pretrained(source)
+        model = VlmForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto")
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    return model.to(device).eval(), processor
+
+
+def check_checkpoint(source: str | Path) -> None:
+    """Say early and in one sentence why a source is not a checkpoint of this suite.
+
+    Raises:
+        UserError: it does not exist, has no config, no weights, or is another kind of model.
+    """
+    path = Path(source)
+    if path.is_file():
+        raise UserError(f"{source} is a file; give the folder of a checkpoint")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            hint = checkpoint_hint(path)
+            raise UserError(f"{source} is no checkpoint: it has no config.json{hint}")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(f"{source} is no complete checkpoint: it has no *.safetensors file")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        if path.is_dir():
+            raise UserError(
+                f"{path / 'config.json'} cannot be read: {_first_line(error)}"
+            ) from error
+        raise UserError(
+            f"{source} is neither a folder here nor a model that can be fetched from the Hub"
+        ) from error
+    if not isinstance(config, VlmConfig):
+        raise UserError(
+            f"{source} is a {config.model_type!r} model, not a vision-language model of this suite"
+        )
+
+
+def checkpoint_hint(folder: Path) -> str:
+    """Return where in a run's folder the checkpoints are, as the end of a sentence."""
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not inside:
+        return ""
+    latest = max(inside, key=lambda path: (path / "config.json").stat().st_mtime)
+    return f"; did you mean {latest}?"
+
+
+def assemble(
+    vision_encoder: VisionEncoder | Mapping[str, Any],
+    connector: Mapping[str, Any],
+    language_model: PreTrainedModel | str | Path,
+    tiling: Mapping[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat_template: str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[VlmForConditionalGeneration, VlmProcessor]:
+    """Join an encoder, a new connector and a language model into a model and its processor.
+
+    Args:
+        vision_encoder: a loaded encoder, or a config for `load_vision_encoder`.
+        connector: `{"type": ..., fields}`.
+        language_model: a loaded `AutoModelForCausalLM`, or a folder or Hub id of one.
+        tiling: `{"type": ..., fields}`; None: one stretched view.
+        tokenizer: the language model's; None: from the same folder or id. It is changed.
+        chat_template: a name of `vlm.chat_templates`; None keeps the tokenizer's own.
+        dtype: of all parts; None keeps each part's own.
+
+    Raises:
+        UserError: a part cannot be found, or the parts do not fit.
+    """
+    if isinstance(vision_encoder, Mapping):
+        vision_encoder = load_vision_encoder(vision_encoder)
+    if not isinstance(language_model, PreTrainedModel):
+        language_model, tokenizer = _load_language_model(language_model, tokenizer)
+    if tokenizer is None:
+        raise UserError("a loaded language model needs its tokenizer beside it")
+    if dtype is not None:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        vision_encoder.to(dtype)
+        language_model.to(dtype)
+
+    resolved_tiling = tiling_config(build_tiling(tiling or {"type": "resize"}))
+    image_processor = VlmImageProcessor(
+        view_size=vision_encoder.image_size,
+        view_token_grid=connector_token_grid(connector, *vision_encoder.grids[0]),
+        tiling=resolved_tiling,
+        image_mean=vision_encoder.image_mean,
+        image_std=vision_encoder.image_std,
+    )
+    processor = VlmProcessor.prepare(tokenizer, image_processor, chat_template)
+    model = VlmForConditionalGeneration.from_components(
+        vision_encoder,
+        connector,
+        language_model,
+        resolved_tiling,
+        image_token_id=processor.image_token_id,
+        vocab_size=len(tokenizer),
+    )
+    set_stop_tokens(model, tokenizer, chat_template)
+    return model, processor
+
+
+def set_stop_tokens(
+    model: VlmForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+) -> None:
+    """Let generation stop at eos and at the template's end-of-turn, and pad with the pad token."""
+    known = model.generation_config.eos_token_id
+    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+    stops.append(tokenizer.eos_token_id)
+    end_of_turn = None if chat_template is None else CHAT_TEMPLATES[chat_template].end_of_turn
+    if end_of_turn is not None:
+        stops.append(tokenizer.convert_tokens_to_ids(end_of_turn))
+    model.generation_config.eos_token_id = sorted(set(stops))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _load_language_model(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a language model and, if none is given, its tokenizer."""
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the language model {source} cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

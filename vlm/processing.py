@@ -1,0 +1,233 @@
+"""How does a conversation with images become the model's inputs? One path for every use.
+
+Shapes: L sequence, T views, S view size, n images, B batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from vlm.chat_templates import CHAT_TEMPLATES, load
+from vlm.conversations import Message, check_messages, render
+from vlm.errors import UserError
+from vlm.image_processing import VlmImageProcessor
+
+IGNORE = -100  # the label of positions that are not learnt, as torch's cross-entropy has it
+IMAGE_TOKEN = "<image>"
+
+
+class VlmProcessor(ProcessorMixin):
+    """Tokenizer, image processor and chat template in one; saved and loaded with the model."""
+
+    def __init__(
+        self,
+        image_processor: VlmImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        **kwargs: Any,
+    ) -> None:
+        """Join the parts; the tokenizer must know the image token already (see `prepare`)."""
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise UserError(f"the tokenizer has no image token {image_token!r}")
+
+    @classmethod
+    def prepare(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: VlmImageProcessor,
+        chat_template: str | None = None,
+    ) -> "VlmProcessor":
+        """Add the tokens that images and the template need to the tokenizer, and join the parts.
+
+        Args:
+            tokenizer: a fast tokenizer; it is changed.
+            image_processor: what cuts and normalises images.
+            chat_template: name of one of `CHAT_TEMPLATES`; None keeps the tokenizer's own.
+
+        Raises:
+            UserError: unknown template, no template at all, or a tokenizer without an eos token.
+        """
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell where in the "
+                "text its tokens stand; use a fast one"
+            )
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no eos token, so a reply could never end")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if chat_template is None and tokenizer.chat_template is None:
+            raise UserError(
+                "the tokenizer has no chat template; set chat_template in the recipe's model to "
+                f"one of {', '.join(sorted(CHAT_TEMPLATES))}"
+            )
+        text = tokenizer.chat_template if chat_template is None else load(chat_template)
+        wanted = (IMAGE_TOKEN,)
+        if chat_template is not None:
+            wanted += CHAT_TEMPLATES[chat_template].special_tokens
+        known = tokenizer.get_vocab()
+        missing = [token for token in wanted if token not in known]
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": missing}, replace_extra_special_tokens=False
+        )
+        return cls(image_processor, tokenizer, chat_template=text)
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image] = (),
+        *,
+        supervise: bool = False,
+        add_generation_prompt: bool = False,
+        max_length: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Turn one conversation into unbatched tensors.
+
+        Args:
+            messages: see `vlm.conversations`.
+            images: decoded images, in the order of the messages' image entries.
+            supervise: add labels: assistant content and end-of-turn, IGNORE elsewhere.
+            add_generation_prompt: end with the opening of an assistant turn.
+            max_length: most tokens allowed; nothing is ever truncated.
+
+        Returns:
+            input_ids (L,), attention_mask (L,), labels (L,) if supervised, and, if there are
+            images, pixel_values (T, 3, S, S), tile_grids (n, 2) and image_sizes (n, 2).
+
+        Raises:
+            UserError: the conversation cannot be encoded; the message says why, with numbers.
+        """
+        checked = check_messages(messages, len(images), self.image_token)
+        rendered = render(
+            checked,
+            self.chat_template or "",
+            self.tokenizer.special_tokens_map,
+            self.image_token,
+            supervise,
+            add_generation_prompt,
+        )
+        tokens = self.tokenizer(
+            rendered.text,
+            add_special_tokens=False,
+            return_offsets_mapping=supervise,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids = np.asarray(tokens["input_ids"], dtype=np.int64)
+        is_image = ids == self.image_token_id
+        if is_image.sum() != len(images):
+            raise UserError(
+                f"the chat template made {is_image.sum()} image tokens of {len(images)} images; "
+                "it drops or repeats placeholders"
+            )
+        counts = [self.image_processor.num_tokens(im.size, len(images)) for im in images]
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[is_image] = counts
+        length = int(repeats.sum())
+        if max_length is not None and length > max_length:
+            raise UserError(
+                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(images)} "
+                f"images), more than max_length {max_length}; raise it, or choose a tiling or "
+                "connector with fewer tokens"
+            )
+        encoded = {
+            "input_ids": torch.from_numpy(np.repeat(ids, repeats)),
+            "attention_mask": torch.ones(length, dtype=torch.long),
+        }
+        if supervise:
+            learnt = _tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image
+            labels = np.where(learnt, ids, IGNORE)
+            encoded["labels"] = torch.from_numpy(np.repeat(labels, repeats))
+        if len(images):
+            encoded.update(self.image_processor(images))
+        return encoded
+
+    def collate(
+        self, encoded: Sequence[Mapping[str, Tensor]], padding_side: Literal["left", "right"]
+    ) -> dict[str, Tensor]:
+        """Pad and join what `encode` gave for several conversations; views are concatenated.
+
+        Args:
+            encoded: one dict per row.
+            padding_side: "right" to train, "left" to generate.
+        """
+        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORE}
+        batch = {}
+        for key, value in fill.items():
+            if key in encoded[0]:
+                batch[key] = torch.nn.utils.rnn.pad_sequence(
+                    [row[key] for row in encoded],
+                    batch_first=True,
+                    padding_value=value,
+                    padding_side=padding_side,
+                )
+        for key in self.image_processor.model_input_names:
+            present = [row[key] for row in encoded if key in row]
+            if present:
+                batch[key] = torch.cat(present)
+        return batch
+
+    def decode_reply(self, new_ids: Tensor) -> str:
+        """Return generated ids (L,) as text, without special tokens and outer spaces."""
+        return self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tokenise text whose image tokens stand for `images`: transformers' own interface.
+
+        Raises:
+            UserError: another number of image tokens in the text than of images.
+        """
+        if images is None or text is None:
+            return super().__call__(images=images, text=text, **kwargs)
+        flat = [images] if isinstance(images, Image.Image) else _flat(images)
+        texts = [text] if isinstance(text, str) else list(text)
+        counts = [item.count(self.image_token) for item in texts]
+        if sum(counts) != len(flat):
+            raise UserError(f"the text has {sum(counts)} image tokens, but {len(flat)} images")
+        images_kwargs = {**kwargs.pop("images_kwargs", {}), "num_images": counts}
+        return super().__call__(images=flat, text=texts, images_kwargs=images_kwargs, **kwargs)
+
+    def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:
+        """Return the image tokens of one image; transformers' hook for `__call__`."""
+        height, width = image_inputs["image_sizes"][image_idx].tolist()
+        grid = tuple(image_inputs["tile_grids"][image_idx].tolist())
+        return self.image_token * self.image_processor.num_tokens_of_grid((width, height), grid)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what the model takes from this processor."""
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+
+def _tokens_in_spans(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Return (L,) whether each token has a character inside one of the spans."""
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(starts), dtype=bool)
+    for start, end in spans:
+        inside |= (ends > start) & (starts < end)
+    return inside
+
+
+def _flat(images: Sequence[Any]) -> list[Image.Image]:
+    """Return images given as a list, or as a list of lists, as one list."""
+    return [
+        image
+        for item in images
+        for image in ([item] if isinstance(item, Image.Image) else list(item))
+    ]
