@@ -5,7 +5,7 @@ Shapes: T views, H W feature grid, D encoder width, N tokens per view, E languag
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ class ConnectorConfig:
         return height, width
 
 
-class Connector(nn.Module):
+C = TypeVar("C", bound=ConnectorConfig)
+
+
+class Connector(nn.Module, Generic[C]):
     """Base of all connectors that project features to tokens before the language model.
 
     Subclasses set `config_class`, build their layers in `__init__` and implement `project`. The
@@ -35,7 +38,7 @@ class Connector(nn.Module):
 
     config_class: ClassVar[type[ConnectorConfig]] = ConnectorConfig
 
-    def __init__(self, config: ConnectorConfig, vision_dims: Sequence[int], text_dim: int) -> None:
+    def __init__(self, config: C, vision_dims: Sequence[int], text_dim: int) -> None:
         """Remember the sizes.
 
         Args:
@@ -66,7 +69,7 @@ class Connector(nn.Module):
         return self.project(features)
 
     @classmethod
-    def key_tables(cls, config: ConnectorConfig) -> Mapping[str, Mapping[str, str]]:
+    def key_tables(cls, config: C) -> Mapping[str, Mapping[str, str]]:
         """Return, per published format, its checkpoint keys and our own: {format: {theirs: ours}}.
 
         Empty where no such checkpoint is known. `connectors.checkpoint_keys` translates with them.

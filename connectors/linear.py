@@ -18,7 +18,7 @@ class LinearConfig(ConnectorConfig):
     """A linear connector has nothing to choose."""
 
 
-class LinearConnector(Connector):
+class LinearConnector(Connector[LinearConfig]):
     """One linear layer with bias; one token per feature."""
 
     config_class = LinearConfig

@@ -26,7 +26,7 @@ class MLPConfig(ConnectorConfig):
             raise UserError(f"connector 'mlp': depth must be at least 1, not {self.depth}")
 
 
-class MLPConnector(Connector):
+class MLPConnector(Connector[MLPConfig]):
     """Linear layers with GELU between them; one token per feature."""
 
     config_class = MLPConfig

@@ -72,11 +72,10 @@ def pixel_shuffle(features: Tensor, factor: int, version: Literal["v1", "v2"] = 
     return merged.reshape(*merged.shape[:3], r * r * d)
 
 
-class PixelShuffleConnector(Connector):
+class PixelShuffleConnector(Connector[PixelShuffleConfig]):
     """Pixel shuffle and a projection; R * R features become one token."""
 
     config_class = PixelShuffleConfig
-    config: PixelShuffleConfig
 
     def __init__(
         self, config: PixelShuffleConfig, vision_dims: Sequence[int], text_dim: int

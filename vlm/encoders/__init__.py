@@ -1,0 +1,70 @@
+"""Which vision encoders are there, and how is one built or loaded from its config dict?"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from connectors.config import config_from_mapping
+from connectors.registry import lookup
+from vlm.encoders.base import EncoderConfig, VisionEncoder, saved_config
+from vlm.encoders.open_clip_encoder import OpenClipEncoder
+from vlm.encoders.timm_encoder import TimmEncoder
+from vlm.encoders.transformers_encoder import TransformersEncoder
+from vlm.errors import UserError
+
+__all__ = ["VISION_ENCODERS", "VisionEncoder", "build_vision_encoder", "load_vision_encoder"]
+
+VISION_ENCODERS: dict[str, type[VisionEncoder]] = {
+    "transformers": TransformersEncoder,
+    "timm": TimmEncoder,
+    "open_clip": OpenClipEncoder,
+}
+
+
+def _parse(config: Mapping[str, Any]) -> tuple[type[VisionEncoder], EncoderConfig]:
+    """Return the adapter that `config["type"]` names, and its checked config."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
+        raise UserError(
+            "vision_encoder must be a mapping with a 'type', such as {type: timm, source: "
+            f"convnext_atto}}, not {config!r}; types are {', '.join(sorted(VISION_ENCODERS))}"
+        )
+    values = dict(config)
+    name = values.pop("type")
+    encoder_class = lookup("vision encoder", name, VISION_ENCODERS, group="vlm.encoders")
+    where = f"vision encoder {name!r}"
+    config_from_mapping(encoder_class.config_class, values, where)  # names the user's own fields
+    merged = {**saved_config(values.get("source"), name), **values}
+    return encoder_class, config_from_mapping(encoder_class.config_class, merged, where)
+
+
+def build_vision_encoder(config: Mapping[str, Any]) -> VisionEncoder:
+    """Build the encoder of `config` with new weights; without a network where it is resolved.
+
+    Raises:
+        UserError: unknown type, field or source, or a value of the wrong type.
+    """
+    encoder_class, parsed = _parse(config)
+    return encoder_class(encoder_class.resolve(parsed))
+
+
+def load_vision_encoder(
+    config: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> VisionEncoder:
+    """Load the encoder of `config` with the weights of its `source`.
+
+    Args:
+        config: such as `{"type": "transformers", "source": "openai/clip-vit-large-patch14-336",
+            "layer": -2}`; `source` is a hub id, a name of the library or a folder.
+        dtype: of the weights.
+
+    Raises:
+        UserError: unknown type, field or source, missing weights, or a value of the wrong type.
+    """
+    encoder_class, parsed = _parse(config)
+    if parsed.source is None:
+        raise UserError(
+            f"vision encoder {config['type']!r} needs a 'source' to load from: "
+            "a name on the hub or in the library, or a folder"
+        )
+    return encoder_class.load(parsed, dtype)
