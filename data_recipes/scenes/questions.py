@@ -1,0 +1,207 @@
+"""What can be asked about a scene, and what is the answer? CV-Bench's four tasks and captions.
+
+Every question follows CV-Bench's wording and options. Where the right option stands is decided by
+the caller, so that the text alone says nothing about the letter. A reply in words writes down what
+must be seen first, then what follows from it:
+
+    Relation  "red ball x2 , blue cone x6 , so left (A)"
+    Depth     "red ball z1 , blue cone z5 , so red ball (B)"
+    Distance  "red ball x2 y3 z1 , blue cone x6 y3 z2 , green cube x3 y6 z1 , blue cone d5 ,
+               green cube d2 , so green cube (A)"
+    Count     "balls x1 y2 , x5 y3 , so 2 (C)"
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_recipes.scenes.layout import Difficulty, SceneBatch, distance_bin
+from data_recipes.scenes.vocabulary import BOX_NAMES, COLOR_NAMES, PLURALS, SHAPES
+
+TASKS = ("Relation", "Count", "Depth", "Distance")
+LETTERS = "ABCDEF"
+SELECT = "Select from the following choices."
+LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+COUNT_WINDOWS = tuple((low, size) for size in (4, 5, 6) for low in range(0, 7 - size + 1))
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question.
+
+    Attributes:
+        task: one of TASKS.
+        text: the question without its options.
+        choices: the options' texts, in order.
+        answer: index of the right option.
+        reasoning: what a reader of the picture writes down before the letter.
+    """
+
+    task: str
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+    reasoning: str
+
+    @property
+    def letter(self) -> str:
+        """The right option as CV-Bench writes it, "(A)"."""
+        return f"({LETTERS[self.answer]})"
+
+    @property
+    def prompt(self) -> str:
+        """Question and options in CV-Bench's prompt format."""
+        options = "".join(f"\n({LETTERS[i]}) {text}" for i, text in enumerate(self.choices))
+        return f"{self.text} {SELECT}{options}"
+
+    @property
+    def reply(self) -> str:
+        """The reply that writes out its observations first."""
+        return f"{self.reasoning} {self.letter}"
+
+
+def relation(scenes: SceneBatch, row: int, vertical: bool, answer: int) -> Question:
+    """Ask where the object in the red box is, seen from the one in the blue box."""
+    red, blue = _boxed(scenes, row, 1), _boxed(scenes, row, 2)
+    axis, cells = ("y", scenes.cell_y) if vertical else ("x", scenes.cell_x)
+    words = ("above", "below") if vertical else ("left", "right")
+    values = (scenes.y if vertical else scenes.x)[row]
+    truth = words[int(values[red] > values[blue])]
+    other = words[int(values[red] <= values[blue])]
+    names = _names(scenes, row, (red, blue))
+    text = (
+        f"Considering the relative positions of the {names[0]} (annotated by the red box) and the "
+        f"{names[1]} (annotated by the blue box) in the image provided, where is the {names[0]} "
+        f"located with respect to the {names[1]}?"
+    )
+    reasoning = (
+        f"red {names[0]} {axis}{cells[row, red]} , "
+        f"blue {names[1]} {axis}{cells[row, blue]} , so {truth}"
+    )
+    return Question("Relation", text, _order(truth, other, answer), answer, reasoning)
+
+
+def depth(scenes: SceneBatch, row: int, answer: int) -> Question:
+    """Ask which of the objects in the red and the blue box is closer to the camera."""
+    slots = (_boxed(scenes, row, 1), _boxed(scenes, row, 2))
+    names = _names(scenes, row, slots)
+    near = int(scenes.z[row, slots[1]] < scenes.z[row, slots[0]])
+    bins = [scenes.depth_bin[row, slot] for slot in slots]
+    text = (
+        f"Which object is closer to the camera taking this photo, the {names[0]} (highlighted by a "
+        f"red box) or the {names[1]} (highlighted by a blue box)?"
+    )
+    reasoning = (
+        f"red {names[0]} z{bins[0]} , blue {names[1]} z{bins[1]} , "
+        f"so {BOX_NAMES[1 + near]} {names[near]}"
+    )
+    return Question("Depth", text, _order(names[near], names[1 - near], answer), answer, reasoning)
+
+
+def distance(scenes: SceneBatch, row: int, answer: int) -> Question:
+    """Ask which of the objects in the blue and the green box is closer to the red box's."""
+    slots = tuple(_boxed(scenes, row, box) for box in (1, 2, 3))
+    names = _names(scenes, row, slots)
+    rows = np.array([row, row])
+    gaps = scenes.distance(rows, np.array([slots[0], slots[0]]), np.array(slots[1:]))
+    bins = distance_bin(gaps)
+    near = int(gaps[1] < gaps[0])
+    text = (
+        "Estimate the real-world distances between objects in this image. Which object is closer "
+        f"to the {names[0]} (highlighted by a red box), the {names[1]} (highlighted by a blue box) "
+        f"or the {names[2]} (highlighted by a green box)?"
+    )
+    seen = [
+        f"{BOX_NAMES[i + 1]} {names[i]} x{scenes.cell_x[row, s]} y{scenes.cell_y[row, s]} "
+        f"z{scenes.depth_bin[row, s]}"
+        for i, s in enumerate(slots)
+    ]
+    name, other = names[1 + near], names[2 - near]
+    gaps_told = [f"blue {names[1]} d{bins[0]}", f"green {names[2]} d{bins[1]}"]
+    reasoning = " , ".join([*seen, *gaps_told, f"so {BOX_NAMES[2 + near]} {name}"])
+    return Question("Distance", text, _order(name, other, answer), answer, reasoning)
+
+
+def count(
+    scenes: SceneBatch, row: int, category: int, window: tuple[int, int], order: np.ndarray
+) -> Question:
+    """Ask how many objects of a category there are; options are `window`'s numbers in `order`."""
+    category_name = category_plural(category)
+    members = members_of(scenes, row, category)
+    cells = sorted((scenes.cell_y[row, k], scenes.cell_x[row, k]) for k in members)
+    numbers = [window[0] + int(i) for i in order]
+    answer = numbers.index(len(members))
+    places = [f"x{x} y{y}" for y, x in cells] or ["none"]
+    reasoning = f"{category_name} {' , '.join(places)} , so {len(members)}"
+    text = f"How many {category_name} are in the image?"
+    return Question("Count", text, tuple(map(str, numbers)), answer, reasoning)
+
+
+def category_plural(category: int) -> str:
+    """Return the name of a category (see SceneBatch.target): "balls", "yellow objects"."""
+    if category < len(SHAPES):
+        return PLURALS[SHAPES[category]]
+    return f"{COLOR_NAMES[category - len(SHAPES)]} objects"
+
+
+def members_of(scenes: SceneBatch, row: int, category: int) -> np.ndarray:
+    """Return the slots of the objects that belong to the category."""
+    if category < len(SHAPES):
+        match = scenes.shape[row] == category
+    else:
+        match = scenes.color[row] == category - len(SHAPES)
+    return np.flatnonzero(match & scenes.exists[row])
+
+
+def comparable(scenes: SceneBatch, row: int, difficulty: Difficulty) -> dict[str, bool]:
+    """Say which questions about the boxed objects have a clear answer in this scene."""
+    slots = {box: int(k) for k, box in enumerate(scenes.box[row]) if box > 0}
+    out = {"left/right": False, "above/below": False, "Depth": False, "Distance": False}
+    if not {1, 2} <= slots.keys():
+        return out
+    red, blue = slots[1], slots[2]
+    cells = {"left/right": (scenes.cell_x, scenes.x), "above/below": (scenes.cell_y, scenes.y)}
+    for name, (cell, value) in cells.items():
+        gap = abs(value[row, red] - value[row, blue]) * 8
+        out[name] = bool(gap >= difficulty.relation_cells and cell[row, red] != cell[row, blue])
+    if scenes.solid[row]:
+        out["Depth"] = _ratio(scenes.z[row, red], scenes.z[row, blue]) >= difficulty.depth_ratio
+    if scenes.solid[row] and 3 in slots:
+        rows = np.array([row, row])
+        gaps = scenes.distance(rows, np.array([red, red]), np.array([blue, slots[3]]))
+        out["Distance"] = _ratio(*gaps) >= difficulty.distance_ratio
+    return out
+
+
+def caption(scenes: SceneBatch, row: int) -> str:
+    """Describe every object in reading order: "red box yellow ball x3 y5 z4 , ..."."""
+    slots = [k for k in np.flatnonzero(scenes.exists[row])]
+    slots.sort(key=lambda k: (scenes.cell_y[row, k], scenes.cell_x[row, k]))
+    return " , ".join(describe(scenes, row, k) for k in slots) or "nothing"
+
+
+def describe(scenes: SceneBatch, row: int, slot: int) -> str:
+    """Describe one object: box, colour, shape, cell and (in solid scenes) depth."""
+    box = scenes.box[row, slot]
+    words = [f"{BOX_NAMES[box]} box"] if box else []
+    words += [COLOR_NAMES[scenes.color[row, slot]], SHAPES[scenes.shape[row, slot]]]
+    words += [f"x{scenes.cell_x[row, slot]}", f"y{scenes.cell_y[row, slot]}"]
+    if scenes.solid[row]:
+        words.append(f"z{scenes.depth_bin[row, slot]}")
+    return " ".join(words)
+
+
+def _boxed(scenes: SceneBatch, row: int, box: int) -> int:
+    return int(np.flatnonzero(scenes.box[row] == box)[0])
+
+
+def _names(scenes: SceneBatch, row: int, slots: tuple[int, ...]) -> list[str]:
+    return [SHAPES[scenes.shape[row, slot]] for slot in slots]
+
+
+def _order(truth: str, other: str, answer: int) -> tuple[str, str]:
+    return (truth, other) if answer == 0 else (other, truth)
+
+
+def _ratio(a: float, b: float) -> float:
+    return float(max(a, b) / min(a, b))
