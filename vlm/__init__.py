@@ -38,4 +38,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_SOURCE), name)
 
 
+def _is_command() -> bool:
+    """Return whether `vlm` or `python -m vlm` is what imports this package."""
+    return bool(sys.argv) and Path(sys.argv[0]).stem in ("vlm", "-m")
+
+
 import_hooks.install()
+if not _is_command():
+    import vlm.loading  # noqa: F401

@@ -1,0 +1,174 @@
+"""Which tiny parts do the tests build models from? Everything here is random, small and fast."""
+
+import vlm  # noqa: F401  # isort: skip - before transformers: it mends torchvision's import
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from vlm.encoders import VisionEncoder, build_vision_encoder
+from vlm.loading import assemble
+from vlm.modeling import VlmForConditionalGeneration
+from vlm.processing import VlmProcessor
+
+TEXT_DIM = 32
+VIEW_SIZE = 32  # pixels
+PATCH_SIZE = 8  # so a view is a grid of 4 x 4 features
+VOCAB_SIZE = 259  # 256 bytes and 3 special tokens
+
+VISION_CONFIG = {
+    "type": "transformers",
+    "layer": "last",
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.3, 0.25, 0.2],
+    "architecture": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": VIEW_SIZE,
+        "patch_size": PATCH_SIZE,
+    },
+}
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def _language_model(kind: str = "llama", tied: bool = False, **changes: Any) -> PreTrainedModel:
+    common = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": TEXT_DIM,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * TEXT_DIM,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **changes,
+    }
+    if kind == "gpt2":  # always tied
+        common["tie_word_embeddings"] = True
+        del common["intermediate_size"]
+    configs = {
+        "llama": LlamaConfig,
+        "qwen2": Qwen2Config,
+        "gpt_neox": GPTNeoXConfig,
+        "gpt2": GPT2Config,
+    }
+    if kind in ("llama", "qwen2"):
+        common["num_key_value_heads"] = 2
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(configs[kind](**common))
+
+
+def _vision_encoder() -> VisionEncoder:
+    torch.manual_seed(1)
+    return build_vision_encoder(VISION_CONFIG)
+
+
+def _model(
+    tiling: dict[str, Any] | None = None,
+    chat_template: str = "chatml",
+    kind: str = "llama",
+    tied: bool = False,
+    connector: dict[str, Any] | None = None,
+    **changes: Any,
+) -> tuple[VlmForConditionalGeneration, VlmProcessor]:
+    encoder, language_model = _vision_encoder(), _language_model(kind, tied, **changes)
+    torch.manual_seed(2)
+    model, processor = assemble(
+        encoder,
+        connector or {"type": "mlp"},
+        language_model,
+        tiling=tiling,
+        tokenizer=_tokenizer(),
+        chat_template=chat_template,
+    )
+    return model.eval(), processor
+
+
+def _image(width: int = 48, height: int = 40, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """() -> a byte-level tokenizer of 259 tokens, eos `</s>`, without a chat template."""
+    return _tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_language_model() -> Callable[..., PreTrainedModel]:
+    """(kind="llama"|"qwen2"|"gpt_neox"|"gpt2", tied=False, **config) -> a 2-layer causal LM."""
+    return _language_model
+
+
+@pytest.fixture(scope="session")
+def make_vision_encoder() -> Callable[..., VisionEncoder]:
+    """() -> a 2-layer SigLIP of 32-pixel views and 4 x 4 patches."""
+    return _vision_encoder
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., tuple[VlmForConditionalGeneration, VlmProcessor]]:
+    """(tiling, chat_template, kind, tied, connector, **LM config) -> (model, processor)."""
+    return _model
+
+
+@pytest.fixture(scope="session")
+def make_image() -> Callable[..., Image.Image]:
+    """(width, height, seed) -> an RGB image of noise."""
+    return _image
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `load_vision_encoder({"type": "transformers", "source": ...})` reads."""
+    folder = tmp_path_factory.mktemp("encoder")
+    _vision_encoder().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of 2 layers and its tokenizer."""
+    folder = tmp_path_factory.mktemp("language_model")
+    _language_model().save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved vision-language model: chatml, resize tiling, 16 tokens per image."""
+    folder = tmp_path_factory.mktemp("model")
+    model, processor = _model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
