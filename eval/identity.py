@@ -1,0 +1,44 @@
+"""Is this the same model as before? Fingerprints of weights and processor, taken from memory.
+
+A path says nothing: a folder may hold another model after the next training run.
+"""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WHOLE_TENSOR_BYTES = 1 << 30  # up to this size in all, every byte counts
+SAMPLED_ELEMENTS = 4096  # beyond it, so many evenly spaced elements of every tensor
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Return a digest over names, shapes, types and values of all parameters and buffers.
+
+    Models above 1 GiB are sampled: a change of one training step touches every tensor, so it is
+    seen; a change of single hand-picked elements may not be.
+    """
+    state = model.state_dict()
+    whole = sum(t.numel() * t.element_size() for t in state.values()) <= WHOLE_TENSOR_BYTES
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.reshape(-1)
+        if not whole and flat.numel() > SAMPLED_ELEMENTS:
+            flat = flat[:: flat.numel() // SAMPLED_ELEMENTS]
+        digest.update(flat.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_processor(processor: Any) -> str:
+    """Return a digest over the processor's saved files: tokenizer, template, images."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
