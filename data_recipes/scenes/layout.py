@@ -1,7 +1,8 @@
 """Where do the objects of a scene stand? Sampling of many scenes at once, with exact geometry.
 
 Shapes: S scenes, K object slots. Pictures are square; every length in pixels scales with their
-side, so one seed gives the same scenes at any size. World units: the nearest object stands at depth 1.
+side, so one seed gives the same scenes at any size. In world units the nearest object stands at
+depth 1.
 
 A solid scene is seen by a pinhole camera with focal length `FOCAL` (in picture sides), horizon at
 `HORIZON` of the height, `CAMERA_HEIGHT` above the ground plane. A flat scene has no depth.

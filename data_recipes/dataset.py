@@ -1,0 +1,140 @@
+"""How does a position of the mixture become model inputs? Record, messages, images, processor.
+
+A record that cannot be used is an error that names file, line and id. With `on_error="skip"` it
+becomes a `Skipped` note instead: the batch is one row smaller, the note travels with the batch, the
+trainer logs and counts it. It is never replaced by another record.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from data_recipes.index import RecordIndex
+from data_recipes.mixture import Mixture, Source
+from data_recipes.records import Record, to_messages
+from vlm.errors import UserError
+from vlm.images import load_image
+
+IGNORED = -100  # the label of a token that is not supervised
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that was left out, and why."""
+
+    position: int
+    source: str
+    row: int
+    reason: str
+
+
+class ConversationDataset(Dataset):
+    """Map-style dataset over a mixture.
+
+    `dataset[p]` takes p from 0 on over all epochs (epoch * len + offset), so workers need not be
+    told which epoch it is.
+
+    Args:
+        sources: the data to mix.
+        processor: a `VlmProcessor`; its `encode` makes the tensors.
+        seed: decides the order, with the epoch.
+        on_error: what a record that cannot be used leads to.
+        max_length: rows longer than this are faults; nothing is ever truncated.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        processor: Any,
+        seed: int = 0,
+        on_error: OnError = "raise",
+        max_length: int | None = None,
+    ) -> None:
+        self.indexes = [RecordIndex(source.path) for source in sources]
+        self.mixture = Mixture(sources, [len(index) for index in self.indexes], seed)
+        self.processor = processor
+        self.on_error = on_error
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        """Number of records in one epoch."""
+        return len(self.mixture)
+
+    def __getitem__(self, position: int) -> dict[str, Any] | Skipped:
+        """Return the encoded record at `position`, with `record_id`, or a note that it is skipped.
+
+        Raises:
+            UserError: the record cannot be used and `on_error` is "raise".
+        """
+        number, row = self.mixture.locate(position)
+        try:
+            return self.encode(number, row)
+        except UserError as error:
+            if self.on_error == "raise":
+                raise
+            return Skipped(position, self.mixture.sources[number].name, row, str(error))
+
+    def record(self, number: int, row: int) -> Record:
+        """Return record `row` of source `number`, validated."""
+        index, source = self.indexes[number], self.mixture.sources[number]
+        return to_messages(index[row], index.place(row), source.image_position)
+
+    def encode(self, number: int, row: int) -> dict[str, Any]:
+        """Return record `row` of source `number` as model inputs with labels."""
+        record, index = self.record(number, row), self.indexes[number]
+        root = image_root(self.mixture.sources[number])
+        try:
+            images = [load_image(root / path) for path in record.images]
+            encoded = self.processor.encode(
+                record.messages, images, supervise=True, max_length=self.max_length
+            )
+        except UserError as error:
+            name = f" (id {record.id!r})" if record.id else ""
+            raise UserError(f"{index.where(row)}{name}: {error}") from error
+        if not bool((encoded["labels"][1:] != IGNORED).any()):
+            raise UserError(
+                f"{index.where(row)} (id {record.id!r}): no token of it is supervised; "
+                "look at the chat template's {% generation %} marks"
+            )
+        record_id = record.id or f"{self.mixture.sources[number].name}[{row}]"
+        return {**encoded, "record_id": record_id}
+
+
+def image_root(source: Source) -> Path:
+    """Return the folder that a source's image paths are relative to."""
+    return Path(source.image_root) if source.image_root else Path(source.path).parent
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turn dataset items into a batch; skipped records leave the batch smaller.
+
+    The batch has two keys that are no tensors: `record_ids` (list of str) and `skipped` (list of
+    `Skipped`); the trainer takes both out before the model is called.
+    """
+
+    processor: Any
+
+    def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
+        """Collate; a batch whose records are all skipped is one row without supervised tokens."""
+        kept = [item for item in items if not isinstance(item, Skipped)]
+        ids = [item["record_id"] for item in kept]
+        rows = [{k: v for k, v in item.items() if k != "record_id"} for item in kept]
+        batch = self.processor.collate(rows or [self._nothing()], padding_side="right")
+        skipped = [item for item in items if isinstance(item, Skipped)]
+        return {**batch, "record_ids": ids, "skipped": skipped}
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """A text row that adds nothing to the loss, so that every rank still takes its step."""
+        token = self.processor.tokenizer.eos_token_id
+        ids = torch.full((2,), token, dtype=torch.long)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": torch.full_like(ids, IGNORED),
+        }

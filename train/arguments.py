@@ -1,0 +1,109 @@
+"""How does a stage's `training:` become transformers.TrainingArguments, names and types checked?"""
+
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from connectors.config import check_value
+from connectors.registry import lookup
+from train.recipe import Recipe, StageRecipe
+from vlm.errors import UserError
+
+# What the suite starts from; a recipe may change each of them.
+DEFAULTS: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",  # TensorBoard is always written; this adds others
+    "dataloader_persistent_workers": True,
+}
+# What the trainer relies on; a recipe that names one is told where the choice stands instead.
+FIXED: dict[str, Any] = {
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "disable_tqdm": True,
+    "label_names": ["labels"],
+    "average_tokens_across_devices": True,
+    "ignore_data_skip": False,
+}
+ELSEWHERE: dict[str, str] = {
+    "output_dir": "it is the recipe's output_dir",
+    "learning_rate": "learning rates stand beside the parts, in the stage's trainable",
+    "seed": "it is the recipe's seed",
+    "data_seed": "it is the recipe's seed",
+    "resume_from_checkpoint": "a stage that was cut short goes on by itself",
+    "group_by_length": "the mixture decides the order",
+    "train_sampling_strategy": "the mixture decides the order",
+    **dict.fromkeys(FIXED, "the trainer sets it"),
+}
+
+
+def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
+    """Return the stage's TrainingArguments.
+
+    Args:
+        recipe: for the seed.
+        stage: its `training` is checked field by field.
+        folder: where checkpoints and logs of the stage go.
+
+    Raises:
+        UserError: unknown field, wrong type, a combination that transformers refuses, or a
+            package that the arguments need is not installed.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    where = f"stages.{stage.name}.training"
+    values = check_fields(stage.training, where)
+    arguments = {**DEFAULTS, **values, **FIXED}
+    arguments.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if not arguments.get("dataloader_num_workers"):
+        arguments["dataloader_persistent_workers"] = False
+    if arguments.get("deepspeed"):
+        _require_deepspeed(where)
+    try:
+        return TrainingArguments(
+            output_dir=str(folder / "checkpoints"), seed=recipe.seed, **arguments
+        )
+    except ImportError as error:
+        raise UserError(
+            f"{where}: {error}; the extra packages for training come with pip install -e '.[train]'"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check names and types against TrainingArguments' own annotations."""
+    from transformers import TrainingArguments
+
+    known = {field.name: field for field in fields(TrainingArguments) if field.init}
+    hints = typing.get_type_hints(TrainingArguments)
+    for name in values:
+        if name in ELSEWHERE:
+            raise UserError(f"{where}: {name} cannot be set here; {ELSEWHERE[name]}")
+    with_names = {name: known[name] for name in known if name not in ELSEWHERE}
+    for name in values:
+        if name not in known:
+            _unknown(name, list(with_names), where)
+    return {
+        name: check_value(value, hints[name], f"{where}.{name}") for name, value in values.items()
+    }
+
+
+def _unknown(name: str, known: list[str], where: str) -> None:
+    try:
+        lookup("field", name, dict.fromkeys(known))
+    except UserError as error:
+        sentence = str(error).partition("; choose from")[0]
+        raise UserError(f"{where}: {sentence} of transformers.TrainingArguments") from error
+
+
+def _require_deepspeed(where: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise UserError(
+            f"{where}.deepspeed needs the package deepspeed; pip install -e '.[train]' installs it"
+        )

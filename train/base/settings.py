@@ -1,0 +1,148 @@
+"""What do both base recipes share? Settings read from YAML, and one way to run and resume."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from connectors.config import config_from_mapping
+from train.overrides import apply_overrides, parse_overrides
+from train.yaml_values import read_file
+from vlm.errors import UserError
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """How long and how fast a base model trains.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: examples of one step.
+        learning_rate: peak of the cosine schedule.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: of AdamW.
+        save_steps: a killed run loses at most this many steps.
+        seed: decides weights and data.
+        num_threads: CPU threads of torch; the two base models train side by side on two cores.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 50
+    weight_decay: float = 0.02
+    save_steps: int = 200
+    seed: int = 0
+    num_threads: int = 1
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def load_settings(cls: type[S], path: Path, overrides: Sequence[str]) -> S:
+    """Read a base recipe and apply overrides such as `--steps 100`.
+
+    Raises:
+        UserError: the file or a field is wrong.
+    """
+    tree = read_file(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} must be a mapping")
+    apply_overrides(tree, parse_overrides(overrides))
+    return config_from_mapping(cls, tree, f"recipe {path}")
+
+
+def done_before(out: Path, settings: BaseSettings) -> dict[str, Any] | None:
+    """Return the report of a finished run of the same settings, None if there is none.
+
+    Raises:
+        UserError: the folder holds a model of other settings.
+    """
+    path = out / REPORT
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["settings"] != as_json(settings):
+        raise UserError(
+            f"{out} holds a base model of other settings (see {path}); "
+            "choose another --out or remove the folder"
+        )
+    return report
+
+
+def as_json(settings: BaseSettings) -> dict[str, Any]:
+    """Return the settings as JSON keeps them."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def fit(model: nn.Module, data: Dataset, settings: BaseSettings, out: Path, title: str) -> float:
+    """Train on `data`, whose items are whole batches, and return the seconds of this run.
+
+    Goes on from the newest whole checkpoint in `out/checkpoints`; removes them when done.
+    """
+    import shutil
+
+    from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    from train.callbacks import LossLine, StopCleanly
+    from train.checkpoints import newest
+    from train.trainer import SealingTrainer
+
+    folder = out / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.98,
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        logging_steps=20,
+        seed=settings.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    started = time.perf_counter()
+    with StopCleanly() as stop:
+        trainer = SealingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=first,
+            callbacks=[LossLine(title), stop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        checkpoint = newest(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        raise KeyboardInterrupt
+    shutil.rmtree(folder, ignore_errors=True)
+    return time.perf_counter() - started
+
+
+def first(batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the only element: the data set yields whole batches."""
+    (batch,) = batches
+    return batch
+
+
+def finish(out: Path, settings: BaseSettings, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the report, last of all files: it marks the folder as done."""
+    from train.checkpoints import write_flushed
+
+    report = {"settings": as_json(settings), **figures}
+    write_flushed(out / REPORT, json.dumps(report, indent=2) + "\n")
+    return report

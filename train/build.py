@@ -1,0 +1,71 @@
+"""Where do a stage's weights come from? Its own checkpoint, the stage before, or the components."""
+
+from pathlib import Path
+from typing import Any
+
+from train.recipe import Recipe, StageRecipe
+from vlm.errors import UserError
+
+
+def build_model(
+    recipe: Recipe, stage: StageRecipe, previous: Path | None, checkpoint: Path | None
+) -> tuple[Any, Any]:
+    """Return (model, processor) to train, on the CPU; the Trainer moves them.
+
+    Args:
+        recipe: its `model` is what the first stage starts from.
+        stage: decides the chat template.
+        previous: folder of the stage before, None for the first.
+        checkpoint: the stage's own newest checkpoint, None for a fresh start.
+
+    Raises:
+        UserError: a component cannot be found or does not fit; the sentence says which.
+    """
+    from vlm.chat_templates import CHAT_TEMPLATES, load
+    from vlm.loading import load_model
+
+    source = checkpoint or previous or recipe.model.checkpoint
+    if source is None:
+        model, processor = _assemble(recipe)
+    else:
+        model, processor = load_model(source, dtype=recipe.model.dtype, device="cpu")
+        if previous is not None or recipe.model.chat_template is not None:
+            processor.chat_template = model_template(recipe, processor)
+    if stage.chat_template is not None:
+        vocabulary = processor.tokenizer.get_vocab()
+        special = CHAT_TEMPLATES[stage.chat_template].special_tokens
+        if missing := [token for token in special if token not in vocabulary]:
+            raise UserError(
+                f"stages.{stage.name}.chat_template {stage.chat_template!r} needs the token "
+                f"{missing[0]!r}, which the model does not have; set it as model.chat_template"
+            )
+        processor.chat_template = load(stage.chat_template)
+    return model, processor
+
+
+def _assemble(recipe: Recipe) -> tuple[Any, Any]:
+    """Join the recipe's components, with a new connector."""
+    from vlm.loading import assemble
+
+    return assemble(
+        recipe.model.vision_encoder,
+        recipe.model.connector,
+        recipe.model.language_model,
+        tiling=recipe.model.tiling,
+        chat_template=recipe.model.chat_template,
+        dtype=recipe.model.dtype,
+    )
+
+
+def model_template(recipe: Recipe, processor: Any) -> str:
+    """Return the template of stages that name none, also where the stage before named one."""
+    from transformers import AutoTokenizer
+
+    from vlm.chat_templates import load
+    from vlm.loading import VlmProcessor
+
+    if recipe.model.chat_template is not None:
+        return load(recipe.model.chat_template)
+    if recipe.model.checkpoint is not None:
+        return VlmProcessor.from_pretrained(recipe.model.checkpoint).chat_template
+    return AutoTokenizer.from_pretrained(recipe.model.language_model).chat_template

@@ -1,0 +1,84 @@
+"""Which checkpoint can a stage go on from? The newest one that is whole; a torn one is passed over.
+
+A checkpoint counts when `complete.json` lists all its files at their sizes. That note is written
+last, after every file was flushed to disk, so a process killed (or a machine lost) at any moment
+leaves either a whole checkpoint or one that is recognised as torn.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+PREFIX = "checkpoint-"
+NOTE = "complete.json"
+
+
+def step_of(folder: Path) -> int:
+    """Return the optimizer step a checkpoint was written after."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Replace a small file at once: readers see the old or the new text, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of a checkpoint, then note that it is whole."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != NOTE]
+    for path in files:
+        flush(path)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
+    write_flushed(folder / NOTE, json.dumps(sizes, indent=1))
+    flush(folder.parent)
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether every file that `seal` noted is there in full."""
+    try:
+        sizes = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest step first, torn ones included."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the whole checkpoint of the highest step, or None."""
+    whole = [path for path in all_checkpoints(folder) if is_whole(path)]
+    return whole[-1] if whole else None
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Delete all but the newest `keep` whole checkpoints, and torn ones older than those."""
+    if not keep:
+        return
+    whole = [path for path in all_checkpoints(folder) if is_whole(path)]
+    if not whole:
+        return
+    kept = whole[-keep:]
+    for path in all_checkpoints(folder):
+        if path not in kept and step_of(path) < step_of(whole[-1]):
+            (path / NOTE).unlink(missing_ok=True)  # a half-deleted folder must count as torn
+            shutil.rmtree(path)

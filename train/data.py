@@ -1,0 +1,56 @@
+"""Which records does a stage see? Its dataset, checked early, and notes of what was left out."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_recipes.dataset import ConversationDataset, Skipped, image_root
+from data_recipes.index import RecordIndex
+from data_recipes.mixture import Mixture
+from train.recipe import StageRecipe
+from vlm.errors import UserError
+
+
+def check_data(stage: StageRecipe, seed: int) -> None:
+    """Open every file of a stage, so that a wrong path is told before an earlier stage trains.
+
+    Raises:
+        UserError: a file or folder is missing, or holds no records.
+    """
+    sources = stage.data.sources
+    try:
+        lengths = [len(RecordIndex(source.path)) for source in sources]
+        Mixture(sources, lengths, seed)
+        for source in sources:
+            if not image_root(source).is_dir():
+                raise UserError(
+                    f"data source {source.name!r}: image_root {source.image_root} is no folder"
+                )
+    except UserError as error:
+        raise UserError(f"stages.{stage.name}.data: {error}") from error
+
+
+def stage_dataset(stage: StageRecipe, processor: Any, seed: int) -> ConversationDataset:
+    """Return the stage's dataset."""
+    return ConversationDataset(
+        stage.data.sources,
+        processor,
+        seed=seed,
+        on_error=stage.data.on_error,
+        max_length=stage.max_length,
+    )
+
+
+class SkipNotes:
+    """Appends every skipped record to a file of this rank, and says so once each."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"skipped.{rank}.jsonl"
+
+    def __call__(self, skipped: Skipped) -> None:
+        """Note one record."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(skipped)) + "\n")
+        print(f"skipped: {skipped.reason}", file=sys.stderr)

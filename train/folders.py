@@ -1,0 +1,130 @@
+"""What stands in a run's folder, is it whole, and may this run write to it?
+
+<output_dir>/recipe.yaml            the whole resolved recipe
+<output_dir>/<stage>/               a checkpoint: config, weights, processor, chat template
+    recipe.yaml                     what this stage was told: model, seed, stage
+    manifest.json                   what was run, status, counts
+    training_log.jsonl loss.png tensorboard/ skipped.<rank>.jsonl
+    checkpoints/checkpoint-<step>/  what a killed stage goes on from
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from train.checkpoints import flush, write_flushed
+from train.manifest import read_manifest
+from train.process import is_main_process
+from train.recipe import Recipe, StageRecipe
+from train.yaml_values import read_file, to_text
+from vlm.errors import UserError
+
+# Settings that may change between the parts of one stage: they do not reach the weights.
+FREE_SETTINGS = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_pin_memory",
+    "report_to",
+    "run_name",
+    "gradient_checkpointing",
+)
+
+
+def stage_tree(recipe: Recipe, stage: StageRecipe) -> dict[str, Any]:
+    """Return all that decides a stage's result, except the stage before it."""
+    tree = recipe.to_dict()
+    return {"model": tree["model"], "seed": recipe.seed, "stage": asdict(stage)}
+
+
+def prepare_output(recipe: Recipe) -> None:
+    """Make the output folder and write the resolved recipe.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(recipe.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe") as probe:
+            probe.write(b"0" * 4096)
+            probe.flush()
+        if is_main_process():
+            write_flushed(folder / "recipe.yaml", to_text(recipe.to_dict()))
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written ({error.strerror}); choose another with "
+            "--output_dir"
+        ) from error
+
+
+def claim(recipe: Recipe, stage: StageRecipe, folder: Path) -> bool:
+    """Enter a stage's folder; return whether the stage is done already.
+
+    Raises:
+        UserError: the folder belongs to a stage with other settings; the sentence names one.
+    """
+    wanted = stage_tree(recipe, stage)
+    written = folder / "recipe.yaml"
+    if written.exists():
+        before, now = dict(_leaves(read_file(written))), dict(_leaves(wanted))
+        for path in [*before, *now]:
+            if before.get(path) != now.get(path) and path.rpartition(".")[2] not in FREE_SETTINGS:
+                raise UserError(
+                    f"{folder} holds stage {stage.name!r} with {path} = {before.get(path)!r}, but "
+                    f"now it is {now.get(path)!r}; choose another --output_dir, or delete it"
+                )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no stage of a run; choose another --output_dir")
+    if is_main_process() and not is_done(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_flushed(written, to_text(wanted))
+    return is_done(folder)
+
+
+def is_done(folder: Path) -> bool:
+    """Return whether a stage was trained to its end and written in full."""
+    return read_manifest(folder).get("status") == "done"
+
+
+def check_space(folder: Path, model: Any, saves_checkpoints: bool) -> None:
+    """Refuse to start where not even one checkpoint would fit.
+
+    Raises:
+        UserError: the disk has too little room; the sentence has both numbers.
+    """
+    sizes = [(p.numel() * p.element_size(), p.requires_grad, p.numel()) for p in model.parameters()]
+    weights = sum(size for size, _, _ in sizes)
+    moments = sum(8 * count for _, trains, count in sizes if trains)  # two float32 of AdamW
+    needed = weights + (weights + moments if saves_checkpoints else 0)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB of free space, but a checkpoint and the final model "
+            f"take {needed / 1e9:.2f} GB; free some, or choose another --output_dir"
+        )
+
+
+def flush_files(folder: Path) -> None:
+    """Wait until the files directly in a folder are on the disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            flush(path)
+    flush(folder)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every leaf of a tree of plain values."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(value, (dict, list)) and value:
+            yield from _leaves(value, here)
+        else:
+            yield here, value

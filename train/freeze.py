@@ -1,0 +1,84 @@
+"""Which parameters train, and at which learning rate? A positive list, one owner per parameter.
+
+A part that is not named in `trainable` is frozen. Norms, biases and single vectors (the newline
+token) are excluded from weight decay, by their number of dimensions.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# part -> the prefixes of its parameters' names in VlmForConditionalGeneration
+PARTS: dict[str, tuple[str, ...]] = {
+    "vision_tower": ("model.vision_tower.",),
+    "connector": ("model.connector.", "model.image_newline"),
+    "language_model": ("model.language_model.", "lm_head."),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a part, a learning rate and a weight decay."""
+
+    part: str
+    learning_rate: float
+    decays: bool
+    names: tuple[str, ...]
+
+
+def owner(name: str) -> str:
+    """Return the one part that the parameter `name` belongs to."""
+    owners = [part for part, prefixes in PARTS.items() if name.startswith(prefixes)]
+    assert len(owners) == 1, f"parameter {name} has owners {owners}, it must have exactly one"
+    return owners[0]
+
+
+def freeze(model: "nn.Module", trainable: Mapping[str, float]) -> list[Group]:
+    """Set `requires_grad` of every parameter and return the optimizer's groups.
+
+    Args:
+        model: a VlmForConditionalGeneration; before any sharding, while shapes are whole.
+        trainable: part -> learning rate.
+    """
+    names: dict[tuple[str, bool], list[str]] = {}
+    for name, parameter in model.named_parameters():
+        part = owner(name)
+        parameter.requires_grad_(part in trainable)
+        if part in trainable:
+            names.setdefault((part, parameter.ndim >= 2), []).append(name)
+    return [
+        Group(part=part, learning_rate=trainable[part], decays=decays, names=tuple(found))
+        for (part, decays), found in names.items()
+    ]
+
+
+def optimizer_groups(
+    model: "nn.Module", groups: list[Group], weight_decay: float
+) -> list[dict[str, object]]:
+    """Return torch optimizer groups; every trainable parameter stands in exactly one."""
+    parameters = dict(model.named_parameters())
+    placed = [name for group in groups for name in group.names]
+    wanted = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    assert sorted(placed) == sorted(wanted), "a trainable parameter without exactly one group"
+    return [
+        {
+            "params": [parameters[name] for name in group.names],
+            "lr": group.learning_rate,
+            "weight_decay": weight_decay if group.decays else 0.0,
+            "part": group.part,
+        }
+        for group in groups
+    ]
+
+
+def describe(model: "nn.Module", trainable: Mapping[str, float]) -> Iterator[str]:
+    """Yield one line per part: how many parameters, and what happens to them."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        sizes[owner(name)] += parameter.numel()
+    for part, size in sizes.items():
+        fate = f"trains at {trainable[part]:g}" if part in trainable else "frozen"
+        yield f"{part:<16} {size / 1e6:>10.3f} M parameters  {fate}"

@@ -1,0 +1,116 @@
+"""How does a stage get to its end? The Trainer with its callbacks, the stop, the final model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from data_recipes.dataset import Collator, ConversationDataset
+from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
+from train.checkpoints import newest, step_of
+from train.data import SkipNotes
+from train.folders import flush_files
+from train.freeze import Group
+from train.manifest import StageManifest
+from train.plot import draw_loss
+from train.process import is_main_process, say
+from train.recipe import StageRecipe
+from train.trainer import VlmTrainer
+
+LOG_NAME = "training_log.jsonl"
+
+
+def make_trainer(
+    stage: StageRecipe,
+    folder: Path,
+    model: Any,
+    groups: list[Group],
+    arguments: TrainingArguments,
+    dataset: ConversationDataset,
+    manifest: StageManifest,
+) -> VlmTrainer:
+    """Return the stage's Trainer with everything that watches it."""
+    callbacks = [
+        LogWithCheckpoint(),
+        ProgressLine(stage.name),
+        JsonLog(folder / LOG_NAME),
+        manifest,
+    ]
+    if is_main_process():
+        from torch.utils.tensorboard import SummaryWriter
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+    trainer = VlmTrainer(
+        model=model,
+        args=arguments,
+        groups=groups,
+        on_skip=SkipNotes(folder, arguments.process_index),
+        train_dataset=dataset,
+        data_collator=Collator(dataset.processor),
+        processing_class=dataset.processor,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # the progress line shows the same
+    return trainer
+
+
+def train_to_end(
+    trainer: VlmTrainer, checkpoint: Path | None, folder: Path, manifest: StageManifest
+) -> None:
+    """Train from `checkpoint` (or the start) to the last step and write the stage's model.
+
+    Raises:
+        KeyboardInterrupt: the user stopped it; the newest checkpoint is whole.
+    """
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    if checkpoint is None or not _is_last(checkpoint):
+        with StopCleanly() as stop:
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+        if stop.stopped:
+            _draw(folder)
+            manifest.write("interrupted")
+            say(f"stopped; {newest(folder / 'checkpoints')} is saved, the same command goes on")
+            raise KeyboardInterrupt
+    trainer.save_model(str(folder))
+    trainer.accelerator.wait_for_everyone()
+    if is_main_process():
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and not needed
+        _draw(folder)
+        flush_files(folder)
+        manifest.finish(step, records_seen(trainer, step))
+        say(f"stage {folder.name}: done, {folder}")
+    trainer.accelerator.wait_for_everyone()
+
+
+def records_seen(trainer: VlmTrainer, step: int) -> dict[str, int]:
+    """Return how many records of each source the steps so far asked for, skipped ones included."""
+    mixture, args = trainer.train_dataset.mixture, trainer.args
+    size, batch = len(mixture), args.train_batch_size * args.world_size
+    batches = size // batch if args.dataloader_drop_last else math.ceil(size / batch)
+    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    left, seen, epoch = step, {source.name: 0 for source in mixture.sources}, 0
+    while left > 0:
+        records = min(size, batches * batch, left * batch * args.gradient_accumulation_steps)
+        for name, count in mixture.seen(epoch * size, epoch * size + records).items():
+            seen[name] += count
+        left, epoch = left - steps, epoch + 1
+    return seen
+
+
+def _is_last(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is that of the stage's last step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+def _draw(folder: Path) -> None:
+    if is_main_process():
+        title = f"{folder.parent.name}: {folder.name}"
+        draw_loss(read_log(folder / LOG_NAME), title, folder / "loss.png")

@@ -1,0 +1,36 @@
+"""What is set once per process: threads, precision, seeds, and who talks to the terminal?"""
+
+import os
+import random
+
+import numpy as np
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from train.recipe import Recipe
+
+
+def is_main_process() -> bool:
+    """Return whether this process is the one that writes files and talks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print from the main process alone."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def set_up_torch(recipe: Recipe) -> None:
+    """Apply the recipe's settings of torch, and leave the terminal to our own progress line."""
+    disable_progress_bar()
+    if recipe.num_threads is not None:
+        torch.set_num_threads(recipe.num_threads)
+    torch.set_float32_matmul_precision(recipe.float32_matmul_precision)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator before a stage's model is built; new weights then follow the seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,246 @@
+"""What is a recipe? A model and a list of stages: YAML, overridden, checked to the last key.
+
+Precedence: defaults here < the recipe's YAML < the command line. Every field is checked by the same
+code that checks `config.json` (`connectors.config`), so a misspelt field or a wrong type is one
+sentence with file, dotted path and the nearest valid name.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from connectors.config import config_from_mapping
+from connectors.registry import lookup
+from data_recipes.mixture import Source, load_mix, parse_sources
+from train.freeze import PARTS
+from train.overrides import apply_overrides, parse_overrides
+from train.yaml_values import read_file
+from vlm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What the first stage starts from: three components, or a checkpoint of ours.
+
+    Attributes:
+        vision_encoder: e.g. {type: transformers, source: FOLDER_OR_HUB_ID, layer: -2}.
+        connector: e.g. {type: mlp, depth: 2}.
+        language_model: hub id or folder of any AutoModelForCausalLM.
+        tiling: how an image becomes views, e.g. {type: anyres}.
+        checkpoint: a folder or id of ours to go on from, instead of the four above.
+        chat_template: name of a template of ours; the tokenizer's own if None.
+        dtype: what the weights are loaded as.
+    """
+
+    vision_encoder: dict[str, Any] | None = None
+    connector: dict[str, Any] | None = None
+    language_model: str | None = None
+    tiling: dict[str, Any] = field(default_factory=lambda: {"type": "resize"})
+    checkpoint: str | None = None
+    chat_template: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What a stage learns from: sources written here, or a mix file with them.
+
+    Attributes:
+        sources: see `data_recipes.mixture.Source`.
+        mix: a YAML file with `sources`, relative to the working directory.
+        on_error: "skip" leaves out records that cannot be used, logged and counted.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    mix: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecipe:
+    """One stage: what trains and how fast, on what, for how long.
+
+    Attributes:
+        name: folder of the stage's result, and its name in overrides.
+        trainable: part -> peak learning rate; parts that are not named are frozen.
+        data: see `DataRecipe`.
+        chat_template: another template for this stage alone, such as llava_plain.
+        max_length: longest row in tokens, images included; longer ones are faults, never cut.
+        training: fields of transformers.TrainingArguments.
+    """
+
+    name: str
+    trainable: dict[str, float]
+    data: DataRecipe
+    chat_template: str | None = None
+    max_length: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        name: what logs and plots call the run.
+        output_dir: each stage writes the folder `output_dir/<stage name>`.
+        seed: decides initial weights, the data's order and dropout.
+        num_threads: CPU threads of torch; its own choice if None.
+        float32_matmul_precision: "high" allows TF32 on recent GPUs.
+    """
+
+    name: str
+    output_dir: str
+    model: ModelRecipe
+    stages: list[StageRecipe]
+    seed: int = 0
+    num_threads: int | None = None
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain values; reading it back gives the same recipe."""
+        return asdict(self)
+
+    def stage(self, name: str) -> StageRecipe:
+        """Return the stage called `name`.
+
+        Raises:
+            UserError: there is none; the sentence lists the names.
+        """
+        return lookup("stage", name, {stage.name: stage for stage in self.stages})
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply command-line overrides such as `--seed 3`.
+
+    Raises:
+        UserError: anything in it is wrong; the sentence says where.
+    """
+    path = Path(path)
+    tree = read_file(path)
+    where = f"recipe {path}"
+    if not isinstance(tree, dict):
+        raise UserError(f"{where} must be a mapping with name, output_dir, model and stages")
+    apply_overrides(tree, parse_overrides(overrides))
+    return parse_recipe(tree, where)
+
+
+def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe's tree of plain values, names of components included."""
+    values = dict(tree)
+    if "model" in values:
+        values["model"] = _parse_model(values["model"], f"{where}: model")
+    if "stages" in values:
+        values["stages"] = _parse_stages(values["stages"], where)
+    recipe = config_from_mapping(Recipe, values, where)
+    if recipe.num_threads is not None and recipe.num_threads < 1:
+        raise UserError(f"{where}: num_threads must be 1 or more, not {recipe.num_threads}")
+    return recipe
+
+
+def _parse_model(value: Any, where: str) -> ModelRecipe:
+    """Check the model, down to the names of its encoder, connector, tiling and template."""
+    model = config_from_mapping(ModelRecipe, _mapping(value, where), where)
+    components = ("vision_encoder", "connector", "language_model")
+    given = [name for name in components if value.get(name) is not None]
+    if model.checkpoint is not None and given:
+        raise UserError(f"{where}: give either checkpoint or {given[0]}, not both")
+    if model.checkpoint is None and len(given) < len(components):
+        missing = next(name for name in components if name not in given)
+        raise UserError(f"{where} needs {missing} (or a checkpoint to go on from)")
+    check_components(model, where)
+    return model
+
+
+def check_components(model: ModelRecipe, where: str) -> None:
+    """Check every component's name and fields, so that a typo is told before anything is loaded."""
+    from connectors import resolve_connector_config
+    from vlm.chat_templates import load as load_chat_template
+    from vlm.tiling import build_tiling
+
+    with_place(f"{where}.tiling", build_tiling, model.tiling)
+    if model.connector is not None:
+        with_place(f"{where}.connector", resolve_connector_config, model.connector)
+    if model.chat_template is not None:
+        with_place(f"{where}.chat_template", load_chat_template, model.chat_template)
+    if model.vision_encoder is not None:
+        with_place(f"{where}.vision_encoder", _check_encoder, model.vision_encoder)
+
+
+def _check_encoder(config: Mapping[str, Any]) -> None:
+    from vlm.encoders import VISION_ENCODERS
+
+    values = dict(config)
+    kind = values.pop("type", None)
+    if not isinstance(kind, str):
+        raise UserError(f"the type is missing; choose from {', '.join(VISION_ENCODERS)}")
+    encoder = lookup("vision encoder", kind, VISION_ENCODERS, "vlm.encoders")
+    config_from_mapping(encoder.config_class, values, f"vision encoder {kind!r}")
+
+
+def with_place(place: str, function: Any, *values: Any) -> Any:
+    """Call a function and put `place` before its error's sentence."""
+    try:
+        return function(*values)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _parse_stages(value: Any, where: str) -> list[StageRecipe]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: stages must be a list with at least one stage")
+    stages = []
+    for number, item in enumerate(value, start=1):
+        name = item.get("name", number) if isinstance(item, Mapping) else number
+        stages.append(_parse_stage(item, f"{where}: stages.{name}"))
+    names = [stage.name for stage in stages]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{where}: two stages are named {twice[0]!r}")
+    return stages
+
+
+def _parse_stage(value: Any, where: str) -> StageRecipe:
+    values = dict(_mapping(value, where))
+    if "data" in values:
+        values["data"] = _parse_data(values["data"], f"{where}.data")
+    if "trainable" in values:
+        values["trainable"] = _parse_trainable(values["trainable"], f"{where}.trainable")
+    stage = config_from_mapping(StageRecipe, values, where)
+    if not stage.name or Path(stage.name).name != stage.name or stage.name.startswith("."):
+        raise UserError(f"{where}: name {stage.name!r} cannot be a folder's name")
+    if stage.chat_template is not None:
+        from vlm.chat_templates import load as load_chat_template
+
+        with_place(f"{where}.chat_template", load_chat_template, stage.chat_template)
+    return stage
+
+
+def _parse_trainable(value: Any, where: str) -> dict[str, float]:
+    rates = {}
+    for part, rate in _mapping(value, where).items():
+        with_place(where, lookup, "part", part, PARTS)
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
+            raise UserError(f"{where}.{part} must be a learning rate such as 1e-3, not {rate!r}")
+        rates[part] = float(rate)
+    if not rates:
+        raise UserError(f"{where} names no part, so nothing would train; parts: {', '.join(PARTS)}")
+    return rates
+
+
+def _parse_data(value: Any, where: str) -> DataRecipe:
+    values = dict(_mapping(value, where))
+    if ("mix" in values) == ("sources" in values):
+        raise UserError(f"{where} needs either mix (a file) or sources (a list)")
+    if "sources" in values:
+        values["sources"] = parse_sources(values["sources"], where)
+        return config_from_mapping(DataRecipe, values, where)
+    data = config_from_mapping(DataRecipe, values, where)
+    sources = with_place(where, load_mix, data.mix)
+    return DataRecipe(sources=sources, on_error=data.on_error)
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a mapping, not {value!r}")
+    return value

@@ -1,0 +1,67 @@
+"""How is a recipe run? This file is the table of contents; every line leads to the file that knows.
+
+vlm train RECIPE
+torchrun --nproc-per-node 8 -m train RECIPE
+deepspeed --module train RECIPE --stage align
+"""
+
+from pathlib import Path
+
+from train.arguments import check_fields, training_arguments
+from train.build import build_model
+from train.checkpoints import newest
+from train.data import check_data, stage_dataset
+from train.folders import check_space, claim, is_done, prepare_output
+from train.freeze import describe, freeze
+from train.loop import make_trainer, train_to_end
+from train.manifest import StageManifest
+from train.process import say, seed_everything, set_up_torch
+from train.recipe import Recipe, StageRecipe
+from vlm.errors import UserError
+
+
+def run(recipe: Recipe, only: str | None = None) -> Path:
+    """Run all stages, or the one named `only`; return the last one's folder.
+
+    Stages that are done are kept, a stage that was cut short goes on from its newest checkpoint.
+
+    Raises:
+        UserError: the recipe, the data or the output folder is wrong.
+        KeyboardInterrupt: the user stopped the run; what is done is saved.
+    """
+    chosen = recipe.stages if only is None else [recipe.stage(only)]
+    for stage in chosen:
+        check_fields(stage.training, f"stages.{stage.name}.training")
+        check_data(stage, recipe.seed)
+    prepare_output(recipe)
+    set_up_torch(recipe)
+    folders = [Path(recipe.output_dir) / stage.name for stage in recipe.stages]
+    for stage, folder, previous in zip(recipe.stages, folders, [None, *folders], strict=False):
+        if stage in chosen:
+            run_stage(recipe, stage, folder, previous)
+    return Path(recipe.output_dir) / chosen[-1].name
+
+
+def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path | None) -> None:
+    """Run one stage: from its own checkpoint, the stage before, or the components, to its end."""
+    if previous is not None and not is_done(previous):
+        raise UserError(
+            f"stage {stage.name!r} starts from {previous}, which is not done; run without --stage, "
+            f"or first with --stage {previous.name}"
+        )
+    if claim(recipe, stage, folder):
+        say(f"stage {stage.name}: done before, kept in {folder}")
+        return
+    checkpoint = newest(folder / "checkpoints")
+    seed_everything(recipe.seed)
+    model, processor = build_model(recipe, stage, previous, checkpoint)
+    groups = freeze(model, stage.trainable)
+    arguments = training_arguments(recipe, stage, folder)
+    dataset = stage_dataset(stage, processor, recipe.seed)
+    check_space(folder, model, arguments.save_strategy != "no")
+
+    say(f"stage {stage.name}: {len(dataset)} records an epoch, result in {folder}")
+    say("\n".join(describe(model, stage.trainable)))
+    manifest = StageManifest(folder, recipe, stage, arguments.device)
+    trainer = make_trainer(stage, folder, model, groups, arguments, dataset, manifest)
+    train_to_end(trainer, checkpoint, folder, manifest)

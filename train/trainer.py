@@ -1,0 +1,152 @@
+"""What does our Trainer do differently? Groups, order, bookkeeping, checkpoints; not the loop.
+
+The loss is the model's own sum over supervised tokens, divided by `num_items_in_batch`: the count
+of supervised tokens over accumulation steps and ranks, which the Trainer gathers for models whose
+forward accepts it.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from data_recipes.dataset import Skipped
+from train.checkpoints import PREFIX, prune, seal
+from train.freeze import Group, optimizer_groups
+from vlm.errors import UserError
+
+
+class EpochSampler(Sampler[int]):
+    """Yields positions of the mixture; the mixture, not the sampler, decides what stands there."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on with `epoch`; the Trainer says so when it starts or resumes one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.size
+        return iter(range(start, start + self.size))
+
+
+@dataclass
+class Window:
+    """What happened since the last line of the log, for samples and tokens per second."""
+
+    samples: int = 0
+    tokens: Any = 0.0  # supervised; a tensor, so that counting does not wait for the device
+    start: float = field(default_factory=time.perf_counter)
+
+    def rates(self) -> dict[str, float]:
+        """Return samples and supervised tokens per second."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "samples_per_second": round(self.samples / seconds, 3),
+            "supervised_tokens_per_second": round(float(self.tokens) / seconds, 1),
+        }
+
+
+class SealingTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or recognised as torn."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, then seal it, and only then delete the oldest ones."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every rank's random state is written
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            seal(folder / f"{PREFIX}{self.state.global_step}")
+            prune(folder, limit)
+
+
+class VlmTrainer(SealingTrainer):
+    """A Trainer that knows parts, mixtures and skipped records.
+
+    Args:
+        groups: from `train.freeze.freeze`.
+        on_skip: called with every record that was left out of a batch of this rank.
+    """
+
+    def __init__(self, *, groups: list[Group], on_skip: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.groups = groups
+        self.on_skip = on_skip
+        self.window = Window()
+        self.sampler = EpochSampler(len(self.train_dataset))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer over the freeze plan's groups."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = optimizer_groups(model, self.groups, self.args.weight_decay)
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count supervised tokens of the whole step; at least 1, for a step of skipped records."""
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        assert count is not None, "the model must take num_items_in_batch"
+        return count.clamp(min=1)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run one micro-batch; stop at a loss that is no number, before it reaches the weights.
+
+        Raises:
+            UserError: the loss is NaN or infinite; names the step and the records.
+        """
+        skipped: list[Skipped] = inputs.pop("skipped")
+        record_ids: list[str] = inputs.pop("record_ids")
+        for skip in skipped:
+            self.on_skip(skip)
+        if record_ids:
+            inputs["record_ids"] = record_ids
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.window.samples += len(record_ids) * self.args.world_size
+        self.window.tokens += num_items_in_batch / self.current_gradient_accumulation_steps
+        if not bool(torch.isfinite(loss)):
+            raise UserError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}, in the batch "
+                f"of records {', '.join(record_ids)}; nothing was written since the last "
+                "checkpoint: look at these records, or start again with a lower learning rate"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each part's learning rate and the rates since the last line."""
+        if "loss" in logs:
+            del logs["learning_rate"]
+            for group in self.optimizer.param_groups:
+                logs[f"learning_rate/{group['part']}"] = float(group["lr"])
+            logs.update(self.window.rates())
+            self.window = Window()
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights under FSDP; elsewhere the model was already built from the checkpoint.
+
+        The Trainer's own way loads with strict=False, so that renamed keys go unnoticed.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
