@@ -51,14 +51,28 @@ def load_model(
         UserError: the source is not a checkpoint of this suite.
     """
     check_checkpoint(source)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _usable_device(device)
     try:
         processor = VlmProcessor.from_pretrained(source)
         model = VlmForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto")
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from error
     return model.to(device).eval(), processor
+
+
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    """Return the device asked for, or the best one here.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device} cannot be used: {_first_line(error)}") from error
+    return torch.device(device)
 
 
 def check_checkpoint(source: str | Path) -> None:

@@ -1,0 +1,194 @@
+"""How does a conversation with a model go on, turn by turn, apart from any screen?"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from vlm.errors import UserError
+from vlm.images import load_image
+from vlm.modeling import VlmForConditionalGeneration
+from vlm.processing import VlmProcessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How replies are drawn; temperature 0 takes the likeliest token each time."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
+
+    def generate_options(self) -> dict[str, Any]:
+        """Return the arguments of `generate`."""
+        if self.temperature == 0:
+            # None unsets what a checkpoint's generation config may hold, which would warn.
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0,
+        }
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation when asked to from another thread."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+class ChatSession:
+    """The turns so far, the pictures they speak of, and those waiting for the next question."""
+
+    def __init__(
+        self,
+        model: VlmForConditionalGeneration,
+        processor: VlmProcessor,
+        sampling: Sampling,
+        system: str | None = None,
+    ) -> None:
+        """Begin an empty conversation; `system` is its first message, and survives `clear`."""
+        self.model, self.processor, self.sampling = model, processor, sampling
+        self.system = system
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all turns and pictures."""
+        self.messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            self.messages.append(_message("system", self.system))
+        self.images: list[tuple[str, Image.Image]] = []
+        self.waiting: list[tuple[str, Image.Image]] = []
+
+    def add_image(self, source: str | Path | Image.Image, name: str | None = None) -> None:
+        """Load a picture for the next question.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        self.waiting.append((name or str(source), load_image(source)))
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Add a question and yield the reply in pieces; the reply is kept, even if cut short.
+
+        Closing the iterator stops the model.
+
+        Raises:
+            UserError: the conversation cannot be encoded or is too long; the question is not kept.
+        """
+        question = _message("user", text, num_images=len(self.waiting))
+        images = self.images + self.waiting
+        messages = [*self.messages, question]
+        inputs = self._encode(messages, [image for _, image in images])
+        reply = _message("assistant", "")
+        self.messages, self.images, self.waiting = [*messages, reply], images, []
+        for piece in self._stream(inputs):
+            reply["content"][0]["text"] += piece
+            yield piece
+
+    def _limit(self) -> int | None:
+        """Return the longest sequence the language model knows, None where it has no limit."""
+        text_config = self.model.config.text_config
+        if hasattr(text_config, "max_position_embeddings"):
+            return text_config.max_position_embeddings
+        return None
+
+    def _encode(self, messages: list, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for the conversation, on its device."""
+        limit = self._limit()
+        encoded = self.processor.encode(
+            messages,
+            images,
+            add_generation_prompt=True,
+            max_length=None if limit is None else limit - 1,
+        )
+        batch = self.processor.collate([encoded], padding_side="left")
+        return {name: value.to(self.model.device) for name, value in batch.items()}
+
+    def _stream(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[str]:
+        """Generate in a thread and yield text as it comes; stop the thread when closed."""
+        streamer = TextIteratorStreamer(
+            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+        )
+        stop, failures = _Stop(), []
+        new_tokens, limit = self.sampling.max_new_tokens, self._limit()
+        if limit is not None:
+            new_tokens = min(new_tokens, limit - inputs["input_ids"].shape[1])
+
+        def generate() -> None:
+            try:
+                self.model.generate(
+                    **inputs,
+                    **self.sampling.generate_options(),
+                    max_new_tokens=new_tokens,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
+            except BaseException as error:
+                failures.append(error)  # raised again below, in the thread that asked
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.event.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as a LLaVA-format JSON file, one record.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+        turns = [
+            {"from": speakers[message["role"]], "value": _with_placeholders(message)}
+            for message in self.messages
+        ]
+        record: dict[str, Any] = {"id": Path(path).stem}
+        names = [name for name, _ in self.images]
+        if names:
+            record["image"] = names[0] if len(names) == 1 else names
+        record["conversations"] = turns
+        text = json.dumps([record], indent=2, ensure_ascii=False) + "\n"
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _message(role: str, text: str, num_images: int = 0) -> dict[str, Any]:
+    """Return one message: pictures first, then the text."""
+    images = [{"type": "image"} for _ in range(num_images)]
+    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+
+
+def _with_placeholders(message: Mapping[str, Any]) -> str:
+    """Return a message as LLaVA's files have it: `<image>` and a newline per picture, the text."""
+    parts = (
+        "<image>\n" if entry["type"] == "image" else entry["text"] for entry in message["content"]
+    )
+    return "".join(parts)
