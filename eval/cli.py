@@ -8,8 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from vlm.errors import UserError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; nothing heavy is imported for it."""
@@ -41,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score the model, print the table, and say where the report is."""
+    from vlm.errors import UserError  # its package imports torch, which --help can do without
+
     if args.list:
         print(_listing())
         return 0

@@ -4,8 +4,7 @@ A path says nothing: a folder may hold another model after the next training run
 """
 
 import hashlib
-import tempfile
-from pathlib import Path
+import json
 from typing import Any
 
 import torch
@@ -34,11 +33,22 @@ def fingerprint_weights(model: torch.nn.Module) -> str:
 
 
 def fingerprint_processor(processor: Any) -> str:
-    """Return a digest over the processor's saved files: tokenizer, template, images."""
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    """Return a digest over what turns text and pictures into inputs.
+
+    The vocabulary and its rules, the special tokens, the chat template, the picture settings. Not
+    the saved files: they also say how they were loaded ("local_files_only").
+    """
+    tokenizer = processor.tokenizer
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("padding", "truncation"):  # of the last call, not of the tokenizer
+        rules.pop(state, None)
+    parts = {
+        "rules": rules,
+        "special_tokens": {
+            name: str(value) for name, value in tokenizer.special_tokens_map.items()
+        },
+        "chat_template": processor.chat_template,
+        "images": processor.image_processor.to_dict(),
+    }
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

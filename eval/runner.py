@@ -3,7 +3,8 @@
 Questions are read in file order in windows of a few batches, sorted by length inside the window
 (pictures count with their tokens) and answered batch by batch. The batches depend on the questions
 alone, not on what is answered already: a resumed run forms the same batches as an uninterrupted
-one and only leaves out those that are complete.
+one, bit for bit, and only leaves out those that are complete. (After a change of the limit it asks
+some questions again, and keeps their first answers.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
