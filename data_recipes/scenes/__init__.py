@@ -1,0 +1,1 @@
+"""How are scenes with exact ground truth drawn, described and asked about?"""
