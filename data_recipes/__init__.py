@@ -1,0 +1,1 @@
+"""What is trained on? Records, mixtures, datasets, and builders that make data."""

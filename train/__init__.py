@@ -1,0 +1,1 @@
+"""How is a model trained? Recipes, stages, freezing, the trainer, resuming."""
