@@ -182,9 +182,9 @@ def saved_config(source: str | None, type_name: str) -> dict[str, Any]:
     if source is None or not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
         saved_type = values.pop("type")
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not a vision encoder's config: {error!r}") from error
     if saved_type != type_name:
         raise UserError(

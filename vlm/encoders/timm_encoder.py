@@ -53,6 +53,7 @@ class TimmEncoder(VisionEncoder[TimmEncoderConfig]):
         if config.architecture is None:
             config = fill_architecture(config)
         assert config.architecture is not None
+        check_known(config.architecture)
         # The source may carry the tag of its weights: "convnext_atto.d2_in1k".
         tagged = read_record(config.source) if config.source and is_name(config.source) else {}
         return fill(config, tagged or read_record(config.architecture))
@@ -156,6 +157,14 @@ def from_record(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_known(architecture: str) -> None:
+    """Refuse a name that is no model of timm, with the nearest ones."""
+    if not timm.is_model(architecture):
+        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
+        raise UserError(f"vision encoder 'timm': no model {architecture!r}{hint}")
+
+
 def create(name: str, config: TimmEncoderConfig, pretrained: bool = False) -> Any:
     """Return timm's model without a classifier.
 
@@ -164,16 +173,13 @@ def create(name: str, config: TimmEncoderConfig, pretrained: bool = False) -> An
     """
     arguments = {**config.model_args, "num_classes": 0}
     architecture = str(config.architecture)
-    if not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
-        raise UserError(f"vision encoder 'timm': no model {architecture!r}{hint}")
+    check_known(architecture)
     record = timm.get_pretrained_cfg(architecture)
     if config.image_size is not None and record is not None and record.fixed_input_size:
         arguments["img_size"] = config.image_size
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(f"vision encoder 'timm': model_args of {architecture}: {error}") from error
     except (OSError, RuntimeError) as error:
         raise unloadable(name, error) from error

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
@@ -234,7 +235,7 @@ def _read_config(architecture: dict[str, Any]) -> PreTrainedConfig:
     values = dict(architecture)
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"vision encoder 'transformers': bad architecture: {reason}") from error
 
@@ -261,7 +262,7 @@ def _read_architecture(source: str | None) -> dict[str, Any]:
         raise UserError("vision encoder 'transformers' needs a 'source' or an 'architecture'")
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise _unreadable(source, error) from error
     if "vision_config" in config.sub_configs:
         config = config.vision_config
