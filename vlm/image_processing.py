@@ -12,15 +12,23 @@ from PIL import Image
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
 
 from vlm.images import to_rgb
 from vlm.tiling import Size, Tiling, ViewPlan, build_tiling
 from vlm.token_layout import num_image_tokens
 
 
+class VlmImagesKwargs(ImagesKwargs, total=False):
+    """What `VlmProcessor.__call__` may pass; transformers refuses names not listed here."""
+
+    num_images: list[int]
+
+
 class VlmImageProcessor(BaseImageProcessor):
     """Cut images by the tiling and normalise the views with the encoder's mean and deviation."""
 
+    valid_kwargs = VlmImagesKwargs
     model_input_names = ["pixel_values", "tile_grids", "image_sizes"]  # noqa: RUF012
 
     def __init__(
