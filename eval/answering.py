@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.answers import Reading, read_answer
+from eval.answers import LETTERS, Reading, read_answer
 from eval.identity import fingerprint_processor, fingerprint_weights
 from eval.option_scores import (
     Continuations,
@@ -154,18 +154,31 @@ class ModelAnswerer:
         replies_ids: Sequence[Sequence[int]],
         readings: Sequence[Reading],
     ) -> list[Continuations]:
-        """Return per question the token ids of its options, after the reply under "reason"."""
-        nothing = Reading(letter=None, rule="not_asked")
+        """Return per question the token ids of its options.
+
+        Under "reason" they stand in the place of the letter read in the reply; where none was
+        read, "(A)", "(B)", ... follow the whole reply. Under "direct" they follow the prompt.
+        """
         reason = self.settings.strategy == "reason"
-        texts = [
-            option_texts(replies[i], readings[i], len(question.choices))
-            if reason
-            else option_texts("", nothing, len(question.choices))
-            for i, question in enumerate(questions)
-        ]
+        texts: list[list[str]] = []
+        kept: list[Sequence[int]] = []  # per question, the reply's tokens before the texts
+        for question, reply, ids, reading in zip(
+            questions, replies, replies_ids, readings, strict=True
+        ):
+            if reason and reading.position is not None:
+                texts.append(option_texts(reply, reading.position, len(question.choices)))
+                kept.append(())
+            else:
+                kept.append(ids if reason else ())
+                space = " " if kept[-1] and not reply[-1:].isspace() else ""
+                letters = LETTERS[: len(question.choices)]
+                texts.append([f"{space}({letter})" for letter in letters])
         flat = [text for row in texts for text in row]  # one call: its overhead is per call
-        ids = iter(self.processor.tokenizer(flat, add_special_tokens=False)["input_ids"])
+        ids_of = iter(self.processor.tokenizer(flat, add_special_tokens=False)["input_ids"])
         return [
-            continuations([next(ids) for _ in row], replies_ids[i] if reason else ())
-            for i, row in enumerate(texts)
+            continuations(
+                [[*before, *next(ids_of)] for _ in row],
+                ids if reason else (),
+            )
+            for row, before, ids in zip(texts, kept, replies_ids, strict=True)
         ]

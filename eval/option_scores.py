@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from eval.answers import LETTERS, Reading
+from eval.answers import LETTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +32,24 @@ class Continuations:
     shared: int
 
 
-def option_texts(reply: str, reading: Reading, num_options: int) -> list[str]:
-    """Return the reply with its letter replaced by each option's, cut off behind the letter.
+def option_texts(reply: str, position: int, num_options: int) -> list[str]:
+    """Return the reply with the letter at `position` replaced by each option's, cut off behind it.
 
-    Reasoning before the letter stays, so the scores are conditioned on it. Where no letter stands
-    in the reply the whole of it is the prefix, and "(A)", "(B)", ... follow it.
+    The reasoning before the letter stays, so the scores are conditioned on it.
     """
-    letters = LETTERS[:num_options]
-    if reading.position is None:
-        prefix = f"{reply.rstrip()} " if reply.strip() else ""
-        return [f"{prefix}({letter})" for letter in letters]
-    prefix, rest = reply[: reading.position], reply[reading.position :]
-    closing = ")" if rest[1:2] == ")" else ""
-    return [prefix + (x.lower() if rest[0].islower() else x) + closing for x in letters]
+    prefix, letter, closing = reply[:position], reply[position], reply[position + 1 : position + 2]
+    return [
+        prefix + (x.lower() if letter.islower() else x) + (")" if closing == ")" else "")
+        for x in LETTERS[:num_options]
+    ]
 
 
 def continuations(option_ids: Sequence[Sequence[int]], reply_ids: Sequence[int]) -> Continuations:
-    """Return the options' token ids and how many of them the generated reply already holds.
+    """Return the options' token ids up to the one that tells them apart.
 
     The options' whole texts are tokenised and compared with the reply's own ids, because a
-    tokenizer may merge the letter with what stands before it; the cut then falls before the merge.
+    tokenizer may merge the letter with what stands around it; the cut then falls before the merge.
+    What follows the letter in all options alike (the closing bracket) says nothing and is dropped.
     """
     ids = [tuple(row) for row in option_ids]
     shared = 0
@@ -60,7 +58,10 @@ def continuations(option_ids: Sequence[Sequence[int]], reply_ids: Sequence[int])
             break
         shared += 1
     # At least one token of every option must be scored, even where one is the other's beginning.
-    return Continuations(ids=tuple(ids), shared=min(shared, *(len(row) - 1 for row in ids)))
+    shared = min(shared, *(len(row) - 1 for row in ids))
+    while len({row[-1] for row in ids}) == 1 and min(map(len, ids)) > shared + 1:
+        ids = [row[:-1] for row in ids]
+    return Continuations(ids=tuple(ids), shared=shared)
 
 
 def can_share_prefix(cache: Cache | None) -> bool:
@@ -99,16 +100,17 @@ def score_with_cache(
     anchors = sequences.cpu()[torch.arange(batch), kept]  # (B,)
     starts = visible.sum(1)  # (B,) position of the anchor
 
-    scores: list[list[float]] = [[] for _ in options]
-    for number in range(max(len(row.ids) for row in options)):
-        # A row with fewer options scores its first one again; the result is not used.
-        tails = [row.ids[number if number < len(row.ids) else 0][row.shared :] for row in options]
-        width = 1 + max(map(len, tails))
+    scores = [[0.0] * len(row.ids) for row in options]
+    # Options that differ in their last token alone, the usual case, are read off one forward.
+    branches = [_branches(row) for row in options]
+    for number in range(max(map(len, branches))):
+        chosen = [list(row)[min(number, len(row) - 1)] for row in branches]
+        width = 1 + max(map(len, chosen))
         fed = torch.zeros(batch, width, dtype=torch.long)  # (B, F)
         mask = torch.zeros(batch, width, dtype=torch.long)
-        for i, tail in enumerate(tails):
-            fed[i, : 1 + len(tail)] = torch.tensor([int(anchors[i]), *tail])
-            mask[i, : 1 + len(tail)] = 1
+        for i, inputs in enumerate(chosen):
+            fed[i, : 1 + len(inputs)] = torch.tensor([int(anchors[i]), *inputs])
+            mask[i, : 1 + len(inputs)] = 1
         logits = model(
             input_ids=fed.to(model.device),
             attention_mask=torch.cat([visible, mask], dim=1).to(model.device),
@@ -117,10 +119,21 @@ def score_with_cache(
             use_cache=True,
         ).logits  # (B, F, V)
         cache.crop(-width)
-        for i, value in enumerate(_sums(logits[:, :-1], fed[:, 1:], mask[:, 1:])):
-            if number < len(options[i].ids):
-                scores[i].append(value)
+        log_probs = logits.float().log_softmax(-1).cpu()
+        for i, inputs in enumerate(chosen):
+            common = sum(float(log_probs[i, t, token]) for t, token in enumerate(inputs))
+            for option in branches[i][inputs]:
+                last = options[i].ids[option][-1]
+                scores[i][option] = common + float(log_probs[i, len(inputs), last])
     return scores
+
+
+def _branches(row: Continuations) -> dict[tuple[int, ...], list[int]]:
+    """Group a row's options by the tokens to feed: all behind the shared ones but the last."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for option, ids in enumerate(row.ids):
+        groups.setdefault(ids[row.shared : -1], []).append(option)
+    return groups
 
 
 @torch.inference_mode()
@@ -152,22 +165,11 @@ def score_plainly(
         mask = torch.zeros_like(ids)
         for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
             mask[i, width - (len(tail) - options[row].shared) :] = 1
-        for row, value in zip(rows, _sums(logits[:, :-1], ids[:, 1:], mask[:, 1:]), strict=True):
+        log_probs = logits[:, :-1].float().log_softmax(-1).cpu()
+        picked = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, F)
+        for row, value in zip(rows, (picked.double() * mask[:, 1:]).sum(1).tolist(), strict=True):
             scores[row].append(value)
     return scores
-
-
-def _sums(logits: Tensor, targets: Tensor, mask: Tensor) -> list[float]:
-    """Return per row the log-probability of the targets where the mask is one.
-
-    Args:
-        logits: (B, F, V), logits[:, i] predicts targets[:, i].
-        targets: (B, F).
-        mask: (B, F).
-    """
-    log_probs = logits.float().log_softmax(-1).cpu()
-    picked = log_probs.gather(-1, targets[..., None]).squeeze(-1)  # (B, F)
-    return (picked.double() * mask).sum(1).tolist()
 
 
 def _extended(encoded: Mapping[str, Any], tail: Sequence[int]) -> dict[str, Tensor]:

@@ -110,6 +110,17 @@ CORPUS = [
 @pytest.fixture(scope="session")
 def tiny_vlm() -> tuple[Any, Any]:
     """Return a random vision-language model of 0.1 M parameters, and its processor."""
+    return build_tiny_vlm()
+
+
+@pytest.fixture(scope="session")
+def merging_vlm() -> tuple[Any, Any]:
+    """Return the same with a tokenizer that has "(A)" to "(D)" as one token each."""
+    return build_tiny_vlm(["(A)", "(B)", "(C)", "(D)"])
+
+
+def build_tiny_vlm(more_tokens: Sequence[str] = ()) -> tuple[Any, Any]:
+    """Return a random model and its processor."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
@@ -140,6 +151,7 @@ def tiny_vlm() -> tuple[Any, Any]:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>")
     tokenizer.add_special_tokens({"eos_token": "</s>", "pad_token": "<pad>"})
+    tokenizer.add_tokens(list(more_tokens))
     language_model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

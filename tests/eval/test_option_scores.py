@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from eval.answering import ModelAnswerer
-from eval.answers import Reading, read_answer
+from eval.answers import read_answer
 from eval.option_scores import (
     Continuations,
     can_share_prefix,
@@ -22,6 +22,14 @@ QUESTIONS = [
     ("Count 22 of some length? Select.\n(A) 3\n(B) 2\n(C) 1\n(D) 0", ("3", "2", "1", "0")),
     ("Depth 3?\n(A) lamp\n(B) door", ("lamp", "door")),
 ]
+
+
+@pytest.fixture(params=["letter alone", "letter merged with its brackets"])
+def any_vlm(request, tiny_vlm, merging_vlm):
+    merges = request.param == "letter merged with its brackets"
+    model, processor = merging_vlm if merges else tiny_vlm
+    assert ("(B)" in processor.tokenizer.tokenize("so (B)")) == merges
+    return model, processor
 
 
 def ask(tiny_vlm, blind: bool, **settings):
@@ -40,33 +48,39 @@ def ask(tiny_vlm, blind: bool, **settings):
 
 
 @torch.no_grad()
-def log_likelihood(model, processor, question, prefix: str, whole: str) -> float:
-    """Sum the log-probabilities of `whole` behind `prefix`, one plain forward, no padding."""
+def log_likelihoods(tiny_vlm, question, whole: str, after: str = "") -> list[float]:
+    """Sum the options' log-probabilities behind `after`, by plain forwards without padding.
+
+    `whole` has a place for the letter. Tokens that end all options alike are left out.
+    """
+    model, processor = tiny_vlm
     tokenize = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    ids, start = tokenize(whole), len(tokenize(prefix))
-    assert ids[:start] == tokenize(prefix)
-    batch = {k: v[None] if v.ndim == 1 else v for k, v in question.encoded.items()}
-    batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([ids])], 1)
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    probabilities = model(**batch).logits[0].log_softmax(-1)
-    length = batch["input_ids"].shape[1]
-    places = range(length - len(ids) + start, length)
-    return sum(float(probabilities[p - 1, batch["input_ids"][0, p]]) for p in places)
+    start = len(tokenize(after))
+    options = [tokenize(whole.format(x)) for x in "ABCDEF"[: len(question.choices)]]
+    assert all(ids[:start] == tokenize(after) for ids in options)
+    while len({ids[-1] for ids in options}) == 1:
+        options = [ids[:-1] for ids in options]
+    sums = []
+    for ids in options:
+        batch = {k: v[None] if v.ndim == 1 else v for k, v in question.encoded.items()}
+        batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([ids])], 1)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        log_probs = model(**batch).logits[0].log_softmax(-1)
+        length = batch["input_ids"].shape[1]
+        places = range(length - len(ids) + start, length)
+        sums.append(sum(float(log_probs[p - 1, batch["input_ids"][0, p]]) for p in places))
+    return sums
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_direct_scores_are_the_log_likelihoods_behind_the_prompt(tiny_vlm, blind: bool):
-    answerer, questions = ask(tiny_vlm, blind, strategy="direct", scorings=("likelihood",))
+def test_direct_scores_are_the_log_likelihoods_behind_the_prompt(any_vlm, blind: bool):
+    answerer, questions = ask(any_vlm, blind, strategy="direct", scorings=("likelihood",))
     for question, answer in zip(questions, answerer.answer(questions), strict=True):
         assert answer.reply is None and answer.reading is None
         assert answer.log_likelihoods is not None
-        assert len(answer.log_likelihoods) == len(question.choices)
-        for letter, score in zip("ABCD", answer.log_likelihoods, strict=False):
-            wanted = log_likelihood(*tiny_vlm, question, "(", f"({letter})")
-            assert score < 0
-            # "(" is shared by all options, hence scored once for none or for all of them
-            opening = log_likelihood(*tiny_vlm, question, "", "(")
-            assert score == pytest.approx(wanted + opening, abs=1e-4)
+        wanted = log_likelihoods(any_vlm, question, "({})")
+        assert answer.log_likelihoods == pytest.approx(wanted, abs=1e-4)
+        assert len(wanted) == len(question.choices) and max(wanted) < 0
 
 
 def test_generating_first_does_not_change_direct_scores(tiny_vlm):
@@ -117,30 +131,25 @@ class Scripted:
 
 REPLIES = ["red y7 blue y4 so below (B)", "The answer is C.", "nothing to be read here"]
 WHOLES = ["red y7 blue y4 so below ({})", "The answer is {}", "nothing to be read here ({})"]
+REASONING = ["red y7 blue y4 so below", "The answer is", "nothing to be read here"]
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_reason_scores_are_the_log_likelihoods_behind_the_reasoning(tiny_vlm, blind: bool):
-    model, processor = tiny_vlm
-    _, questions = ask(tiny_vlm, blind)
+def test_reason_scores_are_the_log_likelihoods_behind_the_reasoning(any_vlm, blind: bool):
+    model, processor = any_vlm
+    _, questions = ask(any_vlm, blind)
     answerer = ModelAnswerer(Scripted(model, processor, REPLIES), processor, AnswerSettings())
-    tokenize = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    for reply, whole, question, answer in zip(
-        REPLIES, WHOLES, questions, answerer.answer(questions), strict=True
-    ):
-        assert answer.reply == reply and answer.finished
-        shared = continuations(
-            [tokenize(whole.format(x)) for x in "ABCD"[: len(question.choices)]], tokenize(reply)
-        ).shared
-        prefix = processor.tokenizer.decode(tokenize(reply)[:shared])
-        assert shared >= len(tokenize(reply)) - 3, "the reasoning is the prefix"
-        for letter, score in zip("ABCD", answer.log_likelihoods, strict=False):
-            wanted = log_likelihood(model, processor, question, prefix, whole.format(letter))
-            assert score == pytest.approx(wanted, abs=1e-4)
+    for number, answer in enumerate(answerer.answer(questions)):
+        assert answer.reply == REPLIES[number] and answer.finished
+        wanted = log_likelihoods(any_vlm, questions[number], WHOLES[number], REASONING[number])
+        got = answer.log_likelihoods
+        # What all options share behind the reasoning (" (") is scored for all of them or for none.
+        assert [x - got[0] for x in got] == pytest.approx([x - wanted[0] for x in wanted], abs=1e-4)
+        assert max(got) < 0
 
 
-def test_plain_path_gives_the_same_scores(tiny_vlm, monkeypatch):
-    answerer, questions = ask(tiny_vlm, False, max_new_tokens=6)
+def test_plain_path_gives_the_same_scores(any_vlm, monkeypatch):
+    answerer, questions = ask(any_vlm, False, max_new_tokens=6)
     cached = answerer.answer(questions)
     monkeypatch.setattr("eval.answering.can_share_prefix", lambda cache: False)
     plain = answerer.answer(questions)
@@ -189,14 +198,12 @@ def test_option_texts_keep_the_reasoning_and_the_replys_own_style():
     choices = ("3", "2", "1")
 
     def texts(reply: str) -> list[str]:
-        return option_texts(reply, read_answer(reply, choices), 3)
+        return option_texts(reply, read_answer(reply, choices).position, 3)
 
     assert texts("red y7 so below (B)") == [f"red y7 so below ({x})" for x in "ABC"]
     assert texts("The answer is B.") == [f"The answer is {x}" for x in "ABC"]
     assert texts("b") == ["a", "b", "c"]
-    assert texts("There are 3 of them") == [f"There are 3 of them ({x})" for x in "ABC"]
-    assert texts("") == ["(A)", "(B)", "(C)"]
-    assert option_texts("(B)", Reading(letter=None, rule="x"), 2) == ["(B) (A)", "(B) (B)"]
+    assert texts("(B) 2") == ["(A)", "(B)", "(C)"]
 
 
 def test_continuations_share_what_the_reply_holds():
@@ -207,6 +214,9 @@ def test_continuations_share_what_the_reply_holds():
     assert continuations([(1, 21), (1, 22)], [1, 21]).shared == 1
     assert continuations([(9, 21), (9, 22)], [1, 21]).shared == 0
     assert continuations([(1, 2), (1, 3)], []).shared == 0
+    # what follows the letter in all options alike is dropped
+    assert continuations([(1, 2, 5), (1, 3, 5)], [1, 2, 5]).ids == ((1, 2), (1, 3))
+    assert continuations([(1, 2, 2), (1, 2)], [1]).ids == ((1, 2, 2), (1, 2))
     assert continuations([(1, 2), (1, 2, 3)], [1, 2, 3]).shared == 1, "one token is left to score"
 
 
