@@ -1,0 +1,211 @@
+"""What runs before the language-model head: encoder, connector, layout, language model?
+
+Shapes: B batch, L sequence, T views of all images of the batch, n images, S view size, N tokens per
+view, E language-model width.
+
+Surprises: a frozen encoder runs without gradients and stays in eval mode; text-only batches send
+one blank view through the vision side while it trains, so that all ranks run the same parameters.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from connectors import build_connector
+from vlm.configuration import VlmConfig
+from vlm.encoders import build_vision_encoder
+from vlm.lm_head import document_starts
+from vlm.tiling import build_tiling
+from vlm.token_layout import images_per_row, lay_out, num_image_tokens
+
+
+class VlmPreTrainedModel(PreTrainedModel):
+    """What transformers asks of both classes below."""
+
+    config_class = VlmConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class VlmModel(VlmPreTrainedModel):
+    """Vision tower, connector and bare language model: everything but the head."""
+
+    def __init__(self, config: VlmConfig) -> None:
+        """Build the architecture of `config` with random weights."""
+        super().__init__(config)
+        self.tiling = build_tiling(config.tiling)
+        self.vision_tower = build_vision_encoder(config.vision_config)
+        text_dim = config.text_config.hidden_size
+        self.connector = build_connector(config.connector_config, self.vision_tower.dims, text_dim)
+        self.language_model = AutoModel.from_config(config.text_config)
+        if self.tiling.has_newline:
+            # As LLaVA-NeXT: the scale of a unit vector's entries.
+            self.image_newline = nn.Parameter(torch.randn(text_dim) / text_dim**0.5)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the language model's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> "VlmModel":
+        """Set the mode of all parts; a frozen vision tower stays in eval mode."""
+        super().train(mode)
+        if mode and not _trains(self.vision_tower):
+            self.vision_tower.eval()
+        return self
+
+    def view_token_grid(self) -> tuple[int, int]:
+        """Return (h, w), the grid of tokens that the connector makes of one view."""
+        return self.connector.token_grid(*self.vision_tower.grids[0])
+
+    def get_view_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Encode and project views (T, 3, S, S) to tokens (T, N, E)."""
+        frozen = not (_trains(self.vision_tower) or pixel_values.requires_grad)
+        with torch.no_grad() if frozen else nullcontext():
+            features = self.vision_tower(pixel_values.to(_dtype(self.vision_tower)))
+        return self.connector([feature.to(_dtype(self.connector)) for feature in features])
+
+    def get_image_features(
+        self, pixel_values: Tensor, tile_grids: Tensor, image_sizes: Tensor
+    ) -> list[Tensor]:
+        """Return each image's token embeddings, (num_image_tokens, E), in order.
+
+        Args:
+            pixel_values: (T, 3, S, S) views of all images, one image after the other.
+            tile_grids: (n, 2) rows and columns each image was cut into.
+            image_sizes: (n, 2) height and width of each image.
+        """
+        grids = [tuple(grid) for grid in tile_grids.tolist()]
+        num_views = [self.tiling.plan_of_grid(grid).num_views for grid in grids]
+        if sum(num_views) != len(pixel_values):
+            raise ValueError(
+                f"tile_grids {grids} mean {sum(num_views)} views, but pixel_values has "
+                f"{len(pixel_values)}"
+            )
+        view_tokens = self.get_view_tokens(pixel_values).split(num_views)
+        newline = self.image_newline if self.tiling.has_newline else None
+        size, token_grid = self.vision_tower.image_size, self.view_token_grid()
+        return [
+            lay_out(tokens, (width, height), self.tiling, size, token_grid, newline, grid)
+            for tokens, (height, width), grid in zip(
+                view_tokens, image_sizes.tolist(), grids, strict=True
+            )
+        ]
+
+    def count_image_tokens(self, tile_grids: Tensor, image_sizes: Tensor) -> list[int]:
+        """Return how many tokens each image takes; see `get_image_features` for the arguments."""
+        size, token_grid = self.vision_tower.image_size, self.view_token_grid()
+        return [
+            num_image_tokens((width, height), self.tiling, size, token_grid, tuple(grid))
+            for grid, (height, width) in zip(tile_grids.tolist(), image_sizes.tolist(), strict=True)
+        ]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tile_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        record_ids: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Embed the ids, put image features where the image tokens are, run the language model.
+
+        The arguments are those of `VlmForConditionalGeneration.forward`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, E)
+        features = None
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("pixel_values need input_ids: image tokens are found by their id")
+            tile_grids, image_sizes = self.with_default_grids(pixel_values, tile_grids, image_sizes)
+            is_image = input_ids == self.config.image_token_id  # (B, L)
+            counts = self.count_image_tokens(tile_grids, image_sizes)
+            images_per_row(is_image.sum(-1).tolist(), counts, record_ids)
+            features = torch.cat(self.get_image_features(pixel_values, tile_grids, image_sizes))
+            features = features.to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)
+        elif self.training and (_trains_vision(self) or is_deepspeed_zero3_enabled()):
+            inputs_embeds = inputs_embeds + self._blank_view_term().to(inputs_embeds)
+
+        if past_key_values is None and document_starts(position_ids, attention_mask) is not None:
+            # transformers builds the block-diagonal mask of packed documents (or the sequence
+            # lengths of flash attention) from position_ids, but only without a mask and a cache.
+            attention_mask, kwargs["use_cache"] = None, False
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        outputs["image_hidden_states"] = features
+        return outputs
+
+    def with_default_grids(
+        self, pixel_values: Tensor, tile_grids: Tensor | None, image_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return grids and sizes; both may be left out where every image is one view."""
+        if tile_grids is not None and image_sizes is not None:
+            return tile_grids, image_sizes
+        if self.config.tiling["type"] not in ("resize", "pad"):
+            raise ValueError(
+                f"tiling {self.config.tiling['type']!r} needs tile_grids and image_sizes beside "
+                "pixel_values"
+            )
+        ones = torch.ones(len(pixel_values), 2, dtype=torch.long, device=pixel_values.device)
+        return ones, ones * self.vision_tower.image_size
+
+    def _blank_view_term(self) -> Tensor:
+        """Return 0 that depends on every parameter of the vision side.
+
+        Distributed training expects gradients of the same parameters from every rank; a rank whose
+        batch has no image would otherwise leave the others waiting.
+        """
+        size = self.vision_tower.image_size
+        blank = torch.zeros(1, 3, size, size, device=self.device)
+        term = self.get_view_tokens(blank).sum()
+        if self.tiling.has_newline:
+            term = term + self.image_newline.sum()
+        return term * 0.0
+
+
+def _trains(module: nn.Module) -> bool:
+    """Return whether any parameter of the module is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _trains_vision(model: VlmModel) -> bool:
+    """Return whether anything before the language model is trained."""
+    newline = model.tiling.has_newline and model.image_newline.requires_grad
+    return newline or _trains(model.vision_tower) or _trains(model.connector)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Return the type a module computes in; quantised weights are skipped."""
+    dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())
