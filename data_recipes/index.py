@@ -21,7 +21,7 @@ from data_recipes.scan import Scan, scan
 from vlm.errors import UserError
 
 MAGIC = b"vlmidx1\n"
-HEADER_BYTES = 64  # magic 8, digest 32, one_per_line 1, room
+HEADER_BYTES = 64  # magic 8, digest 32, number of offsets 8, one_per_line 1, room
 SAMPLE_BYTES = 1 << 16
 
 
@@ -132,16 +132,17 @@ def _read(cache: Path, digest: bytes) -> Scan | None:
             header = file.read(HEADER_BYTES)
     except OSError:
         return None
-    body = cache.stat().st_size - HEADER_BYTES
-    if header[: len(MAGIC)] != MAGIC or header[8:40] != digest or body < 8 or body % 8:
+    count, size = int.from_bytes(header[40:48], "little"), cache.stat().st_size
+    if header[:40] != MAGIC + digest or count < 2 or size != HEADER_BYTES + 8 * count:
         return None
     offsets = np.memmap(cache, dtype=np.uint64, mode="r", offset=HEADER_BYTES)
-    return Scan(offsets=offsets, one_per_line=header[40] == 1)
+    return Scan(offsets=offsets, one_per_line=header[48] == 1)
 
 
 def _write(cache: Path, digest: bytes, found: Scan) -> bool:
     """Write the offsets; False where the folder cannot be written (full, read-only, forbidden)."""
-    header = (MAGIC + digest + bytes([found.one_per_line])).ljust(HEADER_BYTES, b"\0")
+    count = len(found.offsets).to_bytes(8, "little")
+    header = (MAGIC + digest + count + bytes([found.one_per_line])).ljust(HEADER_BYTES, b"\0")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache.parent, prefix=cache.name, delete=False) as file:

@@ -1,13 +1,16 @@
 """How does a stage's `training:` become transformers.TrainingArguments, names and types checked?"""
 
+import os
 import typing
 from dataclasses import fields
+from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from connectors.config import check_value
 from connectors.registry import lookup
-from train.recipe import Recipe, StageRecipe
+from train.recipe import Recipe, StageRecipe, with_place
 from vlm.errors import UserError
 
 # What the suite starts from; a recipe may change each of them.
@@ -74,6 +77,19 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
+def check_arguments(recipe: Recipe, stage: StageRecipe) -> None:
+    """Tell mistakes in a stage's `training` before an earlier stage spends a day.
+
+    Under a launcher only names and types are checked: making TrainingArguments joins the ranks.
+
+    Raises:
+        UserError: as `training_arguments`.
+    """
+    values = check_fields(stage.training, f"stages.{stage.name}.training")
+    if "RANK" not in os.environ and not values.get("deepspeed"):
+        training_arguments(recipe, stage, Path(recipe.output_dir) / stage.name)
+
+
 def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Check names and types against TrainingArguments' own annotations."""
     from transformers import TrainingArguments
@@ -83,13 +99,21 @@ def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     for name in values:
         if name in ELSEWHERE:
             raise UserError(f"{where}: {name} cannot be set here; {ELSEWHERE[name]}")
-    with_names = {name: known[name] for name in known if name not in ELSEWHERE}
     for name in values:
         if name not in known:
-            _unknown(name, list(with_names), where)
+            _unknown(name, list(known), where)
+    for name, value in values.items():
+        _check_choice(value, hints[name], f"{where}.{name}")
     return {
         name: check_value(value, hints[name], f"{where}.{name}") for name, value in values.items()
     }
+
+
+def _check_choice(value: Any, hint: Any, where: str) -> None:
+    """Check a text that stands for a member of an Enum, as in `SchedulerType | str`."""
+    for kind in typing.get_args(hint):
+        if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
+            with_place(where, lookup, "choice", value, {member.value: member for member in kind})
 
 
 def _unknown(name: str, known: list[str], where: str) -> None:
@@ -97,12 +121,10 @@ def _unknown(name: str, known: list[str], where: str) -> None:
         lookup("field", name, dict.fromkeys(known))
     except UserError as error:
         sentence = str(error).partition("; choose from")[0]
-        raise UserError(f"{where}: {sentence} of transformers.TrainingArguments") from error
+        raise UserError(f"{where}: {sentence}, see transformers.TrainingArguments") from error
 
 
 def _require_deepspeed(where: str) -> None:
-    from importlib.util import find_spec
-
     if find_spec("deepspeed") is None:
         raise UserError(
             f"{where}.deepspeed needs the package deepspeed; pip install -e '.[train]' installs it"

@@ -49,7 +49,9 @@ def draw_loss(log: list[dict[str, Any]], title: str, path: Path) -> None:
     for number, name in enumerate(names):
         color = RATE_COLORS[number % len(RATE_COLORS)]
         rates = [line.get(name, float("nan")) for line in log]
-        bottom.plot(steps, rates, color=color, linewidth=1.5, label=name.partition("/")[2])
+        style = ("-", "--", ":")[number % 3]  # equal rates lie on each other
+        label = name.partition("/")[2]
+        bottom.plot(steps, rates, color=color, linestyle=style, linewidth=1.5, label=label)
     bottom.set_ylabel("learning rate", color=INK)
     bottom.set_xlabel("optimizer step", color=INK)
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

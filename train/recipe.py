@@ -230,9 +230,9 @@ def _parse_trainable(value: Any, where: str) -> dict[str, float]:
 
 def _parse_data(value: Any, where: str) -> DataRecipe:
     values = dict(_mapping(value, where))
-    if ("mix" in values) == ("sources" in values):
+    if bool(values.get("mix")) == bool(values.get("sources")):
         raise UserError(f"{where} needs either mix (a file) or sources (a list)")
-    if "sources" in values:
+    if values.get("sources"):
         values["sources"] = parse_sources(values["sources"], where)
         return config_from_mapping(DataRecipe, values, where)
     data = config_from_mapping(DataRecipe, values, where)

@@ -7,7 +7,7 @@ deepspeed --module train RECIPE --stage align
 
 from pathlib import Path
 
-from train.arguments import check_fields, training_arguments
+from train.arguments import check_arguments, training_arguments
 from train.build import build_model
 from train.checkpoints import newest
 from train.data import check_data, stage_dataset
@@ -31,7 +31,7 @@ def run(recipe: Recipe, only: str | None = None) -> Path:
     """
     chosen = recipe.stages if only is None else [recipe.stage(only)]
     for stage in chosen:
-        check_fields(stage.training, f"stages.{stage.name}.training")
+        check_arguments(recipe, stage)
         check_data(stage, recipe.seed)
     prepare_output(recipe)
     set_up_torch(recipe)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from data_recipes.dataset import Skipped
@@ -98,6 +98,16 @@ class VlmTrainer(SealingTrainer):
             groups = optimizer_groups(model, self.groups, self.args.weight_decay)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Give the loader a generator of its own.
+
+        Each new iterator draws a seed for its workers; a resumed run makes one iterator more, and
+        drawn from the global generator that would change every dropout mask after it.
+        """
+        loader = super().get_train_dataloader()
+        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler

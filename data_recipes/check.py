@@ -1,0 +1,103 @@
+"""Read every record of a file or a mix and count the faults, before a training run meets them.
+
+    vlm data check data/llava_v1_5_mix665k.json --image-root data
+    vlm data check data_recipes/mixes/llava_665k.yaml --decode
+
+Exit code 0: every record can be used. 2: some cannot; each kind is shown with examples.
+"""
+
+import argparse
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlm.errors import UserError
+
+
+@dataclass
+class Faults:
+    """What was found in one source."""
+
+    num_records: int = 0
+    num_images: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, sentence: str, keep: int) -> None:
+        """Count one fault; faults that differ only in names and numbers are of one kind."""
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+", "_", sentence)
+        self.kinds[kind] += 1
+        if len(self.examples[kind]) < keep:
+            self.examples[kind].append(sentence)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what to check and how closely."""
+    parser.add_argument("data", metavar="FILE_OR_MIX", help="JSON, JSONL, or a mix's YAML")
+    parser.add_argument("--image-root", default="", help="folder of image paths, for a file")
+    parser.add_argument("--decode", action="store_true", help="also decode every image (slow)")
+    parser.add_argument("--examples", type=int, default=3, help="sentences shown of each kind")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check and print; 2 if there are faults."""
+    from data_recipes.mixture import Source, load_mix
+
+    path = Path(args.data)
+    if path.suffix in (".yaml", ".yml"):
+        sources = load_mix(path)
+    else:
+        sources = [Source(name=path.name, path=str(path), image_root=args.image_root)]
+    bad = 0
+    for source in sources:
+        faults = check_source(source, args.decode, args.examples)
+        bad += faults.kinds.total()
+        print(describe(source.name, faults))
+    return 2 if bad else 0
+
+
+def check_source(source: "Source", decode: bool = False, examples: int = 3) -> Faults:  # noqa: F821
+    """Read every record of a source; look for its images, or decode them.
+
+    Raises:
+        UserError: the file itself cannot be read.
+    """
+    from tqdm import tqdm
+
+    from data_recipes.dataset import image_root
+    from data_recipes.index import RecordIndex
+    from data_recipes.records import to_messages
+    from vlm.images import load_image
+
+    index, root, faults = RecordIndex(source.path), image_root(source), Faults()
+    faults.num_records = len(index)
+    for row in tqdm(range(len(index)), desc=source.name, unit="record", leave=False):
+        try:
+            record = to_messages(index[row], index.place(row))
+            faults.num_images += len(record.images)
+        except UserError as error:
+            faults.add(str(error), examples)
+            continue
+        for image in record.images:
+            try:
+                if decode:
+                    load_image(root / image)
+                elif not (root / image).is_file():
+                    raise UserError(f"{root / image}: no such image file")
+            except UserError as error:
+                faults.add(f"{index.where(row)} (id {record.id!r}): {error}", examples)
+                break
+    return faults
+
+
+def describe(name: str, faults: Faults) -> str:
+    """Return the findings of one source as text."""
+    bad = faults.kinds.total()
+    lines = [
+        f"{name}: {faults.num_records} records, {faults.num_images} images, "
+        f"{bad} record(s) with faults"
+    ]
+    for kind, count in faults.kinds.most_common():
+        lines += [f"  {count} x", *(f"    {sentence}" for sentence in faults.examples[kind])]
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""Build, check and look at data.
+
+vlm data build scenes --help          make a data set
+vlm data check FILE_OR_MIX            read every record, count the faults
+vlm data tiles IMAGE --tiling anyres  draw what the encoder sees of an image
+"""
+
+import argparse
+import importlib
+
+from connectors.registry import lookup
+
+# words -> (module, names of its two functions); imported when chosen, like every command
+ACTIONS: dict[str, tuple[str, str, str]] = {
+    "build scenes": ("data_recipes.scenes.cli", "add_build_arguments", "run_build"),
+    "check": ("data_recipes.check", "add_arguments", "run"),
+    "tiles": ("vlm.tiles_view", "add_arguments", "run"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the action; its own arguments are parsed when it is known."""
+    parser.usage = "%(prog)s {build NAME|check|tiles} ..."
+    parser.add_argument("action", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import the action's module and run it.
+
+    Raises:
+        UserError: there is no such action.
+    """
+    action, words = args.action, list(args.arguments)
+    if action == "build" and words:
+        action = f"build {words.pop(0)}"
+    name, add, run_action = lookup("action", action, ACTIONS)
+    module = importlib.import_module(name)
+    parser = argparse.ArgumentParser(
+        prog=f"vlm data {action}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    vars(module)[add](parser)
+    return vars(module)[run_action](parser.parse_args(words))

@@ -1,0 +1,64 @@
+"""Does `vlm data check` count faults by kind and exit with 2, and reach its neighbours?"""
+
+import json
+
+import pytest
+
+from vlm.cli import main
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def row(number, image=None):
+    question = "<image>?" if image else "Hi?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Yes."}]
+    return {"id": f"r{number}", "conversations": turns, **({"image": image} if image else {})}
+
+
+def test_good_file(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", [row(i) for i in range(3)])
+    assert main(["data", "check", str(tmp_path / "a.jsonl")]) == 0
+    assert "3 records, 0 images, 0 record(s) with faults" in capsys.readouterr().out
+
+
+def test_faults_are_counted_by_kind(tmp_path, capsys, make_image):
+    make_image().save(tmp_path / "good.png")
+    (tmp_path / "zero.png").touch()
+    empty = [{"id": f"e{i}", "conversations": []} for i in range(5)]
+    write(
+        tmp_path / "a.jsonl", [row(0, "good.png"), row(1, "zero.png"), row(2, "gone.png"), *empty]
+    )
+    assert main(["data", "check", str(tmp_path / "a.jsonl")]) == 2
+    out = capsys.readouterr().out
+    assert "8 records, 3 images, 6 record(s) with faults" in out
+    assert "  5 x" in out
+    assert out.count("at least one question") == 3  # examples
+    assert "a.jsonl:3 (id 'r2')" in out
+    assert "zero.png" not in out  # is there, and only --decode looks inside
+    assert main(["data", "check", str(tmp_path / "a.jsonl"), "--decode"]) == 2
+    assert "zero.png" in capsys.readouterr().out
+
+
+def test_mix(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", [row(0)])
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"sources: [{{name: first, path: {tmp_path / 'a.jsonl'}}}]")
+    assert main(["data", "check", str(mix)]) == 0
+    assert "first: 1 records" in capsys.readouterr().out
+
+
+def test_unknown_action_and_missing_file(tmp_path, capsys):
+    assert main(["data", "chekc", "x"]) == 2
+    assert "did you mean 'check'?" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "gone.json")]) == 2
+    assert "gone.json: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["build", "scenes"], ["tiles"], ["check"]])
+def test_help_of_every_action(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", *words, "--help"])
+    assert stop.value.code == 0
+    assert f"vlm data {' '.join(words)}" in capsys.readouterr().out

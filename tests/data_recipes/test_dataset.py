@@ -1,0 +1,120 @@
+"""Do records become model inputs, and are bad ones named, or skipped but not replaced?"""
+
+import json
+
+import pytest
+import torch
+
+from data_recipes.dataset import IGNORED, Collator, ConversationDataset, Skipped
+from data_recipes.mixture import Source
+from vlm.errors import UserError
+
+
+def row(number, image="0.png", answer="A cat."):
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?" if image else "What?"},
+        {"from": "gpt", "value": answer},
+    ]
+    return {"id": f"r{number}", "conversations": turns, **({"image": image} if image else {})}
+
+
+@pytest.fixture
+def make_dataset(tmp_path, make_model, make_image):
+    _, processor = make_model()
+    make_image().save(tmp_path / "0.png")
+
+    def make(rows, **kwargs):
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(item) + "\n" for item in rows))
+        return ConversationDataset([Source(name="s", path=str(path))], processor, **kwargs)
+
+    return make
+
+
+def test_item_has_inputs_labels_and_its_name(make_dataset):
+    dataset = make_dataset([row(0)])
+    item = dataset[0]
+    assert item["record_id"] == "r0"
+    assert item["pixel_values"].shape == (1, 3, 32, 32)
+    assert item["labels"].shape == item["input_ids"].shape
+    supervised = item["labels"][item["labels"] != IGNORED]
+    assert "A cat." in dataset.processor.tokenizer.decode(supervised)
+    assert "What" not in dataset.processor.tokenizer.decode(supervised)
+
+
+def test_epochs_follow_each_other(make_dataset):
+    dataset = make_dataset([row(i) for i in range(5)])
+    epochs = [{dataset[position]["record_id"] for position in range(e, e + 5)} for e in (0, 5)]
+    assert epochs[0] == epochs[1] == {f"r{i}" for i in range(5)}
+
+
+def test_batch_mixes_images_and_text(make_dataset):
+    dataset = make_dataset([row(0), row(1, image=None), row(2)])
+    batch = Collator(dataset.processor)([dataset[position] for position in range(3)])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert len(batch["input_ids"]) == 3
+    assert len(batch["pixel_values"]) == 2
+    assert sorted(batch["record_ids"]) == ["r0", "r1", "r2"]
+    assert batch["skipped"] == []
+
+
+def test_missing_image_names_file_line_id_and_image(make_dataset):
+    dataset = make_dataset([row(0, image="gone.png")])
+    with pytest.raises(UserError) as error:
+        dataset[0]
+    for part in ("data.jsonl:1", "'r0'", "gone.png"):
+        assert part in str(error.value)
+
+
+def test_long_record_is_a_fault_not_cut(make_dataset):
+    dataset = make_dataset([row(0, answer="long " * 50)], max_length=64)
+    with pytest.raises(UserError, match=r"data\.jsonl:1 \(id 'r0'\).*max_length 64"):
+        dataset[0]
+
+
+def test_record_without_id_is_named_by_its_row(make_dataset):
+    unnamed = row(0)
+    del unnamed["id"]
+    assert make_dataset([unnamed])[0]["record_id"] == "s[0]"
+
+
+def test_skip_leaves_a_note_and_replaces_nothing(make_dataset):
+    rows = [row(0), row(1, image="gone.png"), row(2)]
+    dataset = make_dataset(rows, on_error="skip")
+    items = [dataset[position] for position in range(3)]
+    notes = [item for item in items if isinstance(item, Skipped)]
+    assert len(notes) == 1
+    assert (notes[0].source, notes[0].row) == ("s", 1)
+    assert "data.jsonl:2 (id 'r1')" in notes[0].reason
+    batch = Collator(dataset.processor)(items)
+    assert len(batch["input_ids"]) == 2
+    assert sorted(batch["record_ids"]) == ["r0", "r2"]
+    assert batch["skipped"] == notes
+
+
+def test_batch_of_skipped_records_adds_nothing_to_the_loss(make_dataset, make_model):
+    dataset = make_dataset([row(0, image="gone.png")], on_error="skip")
+    batch = Collator(dataset.processor)([dataset[0]])
+    assert batch.pop("record_ids") == []
+    assert len(batch.pop("skipped")) == 1
+    model, _ = make_model()
+    loss = model(**batch, num_items_in_batch=torch.tensor(1)).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_programming_errors_are_not_skipped(make_dataset, monkeypatch):
+    dataset = make_dataset([row(0)], on_error="skip")
+    monkeypatch.setattr(dataset.processor, "encode", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dataset[0]
+
+
+def test_works_in_worker_processes(make_dataset):
+    dataset = make_dataset([row(i) for i in range(6)])
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, num_workers=2, collate_fn=Collator(dataset.processor)
+    )
+    ids = [name for batch in loader for name in batch["record_ids"]]
+    assert ids == [dataset[position]["record_id"] for position in range(6)]

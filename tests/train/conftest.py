@@ -1,0 +1,80 @@
+"""Which tiny run do the training tests share? Two stages, 24 records, 20 steps of a second."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def data_file(tmp_path: Path, make_image: Callable) -> Path:
+    """20 records with one of 4 images, 4 of text alone."""
+    for number in range(4):
+        make_image(seed=number).save(tmp_path / f"{number}.png")
+    rows = []
+    for number in range(24):
+        question = "What?" if number >= 20 else "<image>\nWhat?"
+        turns = [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": f"thing {number % 4}" + " and so on" * (number % 3)},
+        ]
+        image = {} if number >= 20 else {"image": f"{number % 4}.png"}
+        rows.append({"id": f"r{number}", **image, "conversations": turns})
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture
+def tree(
+    tmp_path: Path, data_file: Path, encoder_folder: Path, language_model_folder: Path
+) -> dict[str, Any]:
+    """A recipe as plain values: align trains the connector, instruct the language model too."""
+    training = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
+    data = {"sources": [{"name": "main", "path": str(data_file)}]}
+    return {
+        "name": "tiny",
+        "output_dir": str(tmp_path / "run"),
+        "num_threads": 1,
+        "model": {
+            "vision_encoder": {"type": "transformers", "source": str(encoder_folder)},
+            "connector": {"type": "mlp", "depth": 2},
+            "language_model": str(language_model_folder),
+            "chat_template": "chatml",
+        },
+        "stages": [
+            {
+                "name": "align",
+                "trainable": {"connector": 1e-3},
+                "chat_template": "llava_plain",
+                "data": data,
+                "training": dict(training),
+            },
+            {
+                "name": "instruct",
+                "trainable": {"connector": 1e-3, "language_model": 5e-4},
+                "data": data,
+                "training": {**training, "max_steps": 8},
+            },
+        ],
+    }
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """(tree) -> its YAML file."""
+
+    def write(values: dict[str, Any]) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write

@@ -1,0 +1,110 @@
+"""Does a killed run give the same losses and the same weights, to the bit, as one left alone?"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from train.callbacks import read_log
+from train.checkpoints import newest, step_of
+from vlm.cli import main
+
+# torch gives bit-equal results only at equal thread counts
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def kill_when(recipe, words, condition):
+    """Run in a process of its own and kill -9 it as soon as the condition holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", str(recipe), *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in read_log(folder / "training_log.jsonl")]
+
+
+def read_manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture
+def long_tree(tree, tmp_path, make_language_model):
+    """Dropout in the language model, workers, accumulation, several epochs: all must come back."""
+    folder = tmp_path / "dropout"
+    make_language_model(attention_dropout=0.1).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tree["model"]["language_model"]) / name, folder)
+    tree["model"]["language_model"] = str(folder)
+    del tree["stages"][0]
+    tree["stages"][0]["training"] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 40,
+        "save_steps": 7,
+        "logging_steps": 3,
+        "weight_decay": 0.1,
+        "dataloader_num_workers": 1,
+    }
+    return tree
+
+
+@pytest.mark.slow
+def test_killed_run_equals_one_left_alone(long_tree, write_recipe, tmp_path, capsys):
+    recipe = write_recipe(long_tree)
+    whole, cut = tmp_path / "whole" / "instruct", tmp_path / "cut" / "instruct"
+    assert main(["train", str(recipe), "--output_dir", str(whole.parent)]) == 0
+
+    words = ["--output_dir", str(cut.parent)]
+    kill_when(recipe, words, lambda: any(step >= 12 for step, _ in losses(cut)))
+    assert newest(cut / "checkpoints") is not None
+    assert read_manifest(cut)["status"] == "running"
+    assert main(["train", str(recipe), *words]) == 0
+
+    assert "going on from" in capsys.readouterr().out
+    assert losses(cut) == losses(whole)
+    assert len(losses(whole)) > 15
+    weights = [(run / "model.safetensors").read_bytes() for run in (cut, whole)]
+    assert weights[0] == weights[1]
+    manifests = [read_manifest(run) for run in (cut, whole)]
+    expected = {"main": {"seen": 160, "skipped": 0}}
+    assert [manifest["records"] for manifest in manifests] == [expected, expected]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(long_tree, write_recipe, tmp_path, capsys):
+    long_tree["stages"][0]["training"] |= {"max_steps": 100_000, "dataloader_num_workers": 0}
+    recipe, folder = write_recipe(long_tree), tmp_path / "run" / "instruct"
+
+    def press_when_running():
+        while len(losses(folder)) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press_when_running, daemon=True)
+    thread.start()
+    assert main(["train", str(recipe)]) == 130
+    thread.join()
+    found, checkpoint = capsys.readouterr(), newest(folder / "checkpoints")
+    assert f"stopped; {checkpoint} is saved, the same command goes on" in found.out
+    assert losses(folder)[-1][0] == step_of(checkpoint)
+    assert read_manifest(folder)["status"] == "interrupted"
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
