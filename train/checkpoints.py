@@ -5,6 +5,7 @@ last, after every file was flushed to disk, so a process killed (or a machine lo
 leaves either a whole checkpoint or one that is recognised as torn.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,25 @@ def write_flushed(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     flush(path.parent)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Return whether an error of a write means that the disk, or the user's share, is full.
+
+    torch and safetensors write in their own code and tell it in words, without an errno.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    words = ("No space left", "quota exceeded", "failed writing file")
+    return any(word in str(error) for word in words)
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """Copy what a checkpoint holds beside the state of training: model, processor, template."""
+    for path in checkpoint.iterdir():
+        state = path.suffix in (".pt", ".pth") or path.name in (NOTE, "trainer_state.json")
+        if path.is_file() and not state:
+            shutil.copy(path, folder / path.name)
 
 
 def seal(folder: Path) -> None:

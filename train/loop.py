@@ -10,7 +10,7 @@ from transformers.integrations import TensorBoardCallback
 
 from data_recipes.dataset import Collator, ConversationDataset
 from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
-from train.checkpoints import newest, step_of
+from train.checkpoints import copy_model, newest, step_of
 from train.data import SkipNotes
 from train.folders import flush_files
 from train.freeze import Group
@@ -78,10 +78,11 @@ def train_to_end(
             manifest.write("interrupted")
             say(f"stopped; {newest(folder / 'checkpoints')} is saved, the same command goes on")
             raise KeyboardInterrupt
-    trainer.save_model(str(folder))
+        trainer.save_model(str(folder))
+    elif is_main_process():
+        copy_model(checkpoint, folder)  # killed after its last step, before the end was written
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and not needed
         _draw(folder)
         flush_files(folder)
         manifest.finish(step, records_seen(trainer, step))

@@ -1,5 +1,6 @@
 """What is set once per process: threads, precision, seeds, and who talks to the terminal?"""
 
+import gc
 import os
 import random
 
@@ -27,6 +28,13 @@ def set_up_torch(recipe: Recipe) -> None:
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.set_float32_matmul_precision(recipe.float32_matmul_precision)
+
+
+def free_memory() -> None:
+    """Let go of the stage before: its Trainer and model refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def seed_everything(seed: int) -> None:

@@ -15,7 +15,7 @@ from train.folders import check_space, claim, is_done, prepare_output
 from train.freeze import describe, freeze
 from train.loop import make_trainer, train_to_end
 from train.manifest import StageManifest
-from train.process import say, seed_everything, set_up_torch
+from train.process import free_memory, say, seed_everything, set_up_torch
 from train.recipe import Recipe, StageRecipe
 from vlm.errors import UserError
 
@@ -52,6 +52,7 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     if claim(recipe, stage, folder):
         say(f"stage {stage.name}: done before, kept in {folder}")
         return
+    free_memory()
     checkpoint = newest(folder / "checkpoints")
     seed_everything(recipe.seed)
     model, processor = build_model(recipe, stage, previous, checkpoint)

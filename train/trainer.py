@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from data_recipes.dataset import Skipped
-from train.checkpoints import PREFIX, prune, seal
+from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
 from train.freeze import Group, optimizer_groups
 from vlm.errors import UserError
 
@@ -62,17 +64,35 @@ class SealingTrainer(Trainer):
     """A Trainer whose checkpoints are whole or recognised as torn."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, then seal it, and only then delete the oldest ones."""
+        """Write a checkpoint, then seal it, and only then delete the oldest ones.
+
+        Raises:
+            UserError: the disk is full; the checkpoints before this one are untouched.
+        """
+        folder = Path(self.args.output_dir)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every rank's random state is written
+            if self.args.should_save:
+                seal(folder / f"{PREFIX}{self.state.global_step}")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_full_disk(error):
+                raise
+            raise UserError(
+                f"no space left in {folder} for the checkpoint of step {self.state.global_step}; "
+                f"{newest(folder) or 'no earlier one'} is whole: make room, and the same command "
+                "goes on"
+            ) from error
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # every rank's random state is written
         if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            seal(folder / f"{PREFIX}{self.state.global_step}")
             prune(folder, limit)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write model and processor; not the pickle of the arguments that the Trainer adds."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 class VlmTrainer(SealingTrainer):

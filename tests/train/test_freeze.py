@@ -1,0 +1,50 @@
+"""Has every parameter one owner, trains what is named, and do norms and biases not decay?"""
+
+import pytest
+import torch
+
+from train.freeze import describe, freeze, optimizer_groups, owner
+
+
+def test_named_parts_train_and_the_rest_does_not(make_model):
+    model, _ = make_model(tiling={"type": "anyres"})
+    freeze(model, {"connector": 1e-3})
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "model.image_newline" in trained
+    assert all(name.startswith(("model.connector.", "model.image_newline")) for name in trained)
+    freeze(model, {"language_model": 1e-3, "vision_tower": 1e-5})
+    assert not any(p.requires_grad for p in model.model.connector.parameters())
+    assert model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_trainable_parameter_is_in_one_group(make_model, tied):
+    model, _ = make_model(tiling={"type": "anyres"}, tied=tied)
+    rates = {"connector": 1e-3, "language_model": 2e-5, "vision_tower": 2e-6}
+    groups = optimizer_groups(model, freeze(model, rates), weight_decay=0.1)
+    parameters = [id(p) for group in groups for p in group["params"]]
+    assert len(parameters) == len(set(parameters))
+    assert set(parameters) == {id(p) for p in model.parameters()}
+    for group in groups:
+        assert group["lr"] == rates[group["part"]]
+        for p in group["params"]:
+            assert (group["weight_decay"] > 0) == (p.ndim >= 2)
+    assert torch.optim.AdamW(groups).param_groups[0]["lr"] in rates.values()
+
+
+def test_a_parameter_without_an_owner_is_a_bug(make_model):
+    with pytest.raises(AssertionError, match="exactly one"):
+        owner("model.something.weight")
+    model, _ = make_model()
+    groups = freeze(model, {"connector": 1e-3})
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(AssertionError, match="exactly one group"):
+        optimizer_groups(model, groups, 0.0)
+
+
+def test_description_names_every_part(make_model):
+    model, _ = make_model()
+    lines = list(describe(model, {"connector": 1e-3}))
+    assert [line.split()[0] for line in lines] == ["vision_tower", "connector", "language_model"]
+    assert "frozen" in lines[0]
+    assert "trains at 0.001" in lines[1]
