@@ -15,6 +15,7 @@ import multiprocessing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +95,7 @@ def build(out: Path, settings: BuildSettings, workers: int = 1) -> dict:
             )
         return manifest
     (out / "train" / "images").mkdir(parents=True, exist_ok=True)
-    counts = _write_training(out / "train", settings, workers)
+    counts: dict[str, Any] = {**_write_training(out / "train", settings, workers)}
     tests = {task: (settings.test_per_task, TEST_STREAM) for task in ask.TASKS}
     counts["test"] = _write_benchmark(out / "test.parquet", tests, settings)
     hovering = replace(

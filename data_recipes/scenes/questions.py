@@ -175,7 +175,7 @@ def comparable(scenes: SceneBatch, row: int, difficulty: Difficulty) -> dict[str
 
 def caption(scenes: SceneBatch, row: int) -> str:
     """Describe every object in reading order: "red box yellow ball x3 y5 z4 , ..."."""
-    slots = [k for k in np.flatnonzero(scenes.exists[row])]
+    slots = [int(k) for k in np.flatnonzero(scenes.exists[row])]
     slots.sort(key=lambda k: (scenes.cell_y[row, k], scenes.cell_x[row, k]))
     return " , ".join(describe(scenes, row, k) for k in slots) or "nothing"
 

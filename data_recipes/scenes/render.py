@@ -123,8 +123,8 @@ def _draw_boxes(canvas: np.ndarray, scenes: SceneBatch, size: int) -> None:
     """Draw the one-pixel (at 64 px) frames of boxed objects, two pixels off the object."""
     thickness = max(1, round(size / 64))
     for row, slot in zip(*np.nonzero((scenes.box > 0) & scenes.exists), strict=True):
-        reach = scenes.radius[row, slot] * size + 1.5 * thickness
-        x, y = scenes.x[row, slot] * size, scenes.y[row, slot] * size
+        reach = float(scenes.radius[row, slot]) * size + 1.5 * thickness
+        x, y = float(scenes.x[row, slot]) * size, float(scenes.y[row, slot]) * size
         left, right = max(round(x - reach), 0), min(round(x + reach), size)
         top, bottom = max(round(y - reach), 0), min(round(y + reach), size)
         rgb = BOX_PALETTE[scenes.box[row, slot]]
