@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from connectors import build_connector
 from vlm.configuration import VlmConfig
 from vlm.encoders import build_vision_encoder
+from vlm.encoders.base import restore_buffers
 from vlm.lm_head import document_starts
 from vlm.tiling import build_tiling
 from vlm.token_layout import images_per_row, lay_out, num_image_tokens
@@ -31,13 +32,18 @@ class VlmPreTrainedModel(PreTrainedModel):
 
     config_class = VlmConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as transformers does, and compute again what checkpoints do not hold."""
+        super()._init_weights(module)
+        restore_buffers(module)
 
 
 class VlmModel(VlmPreTrainedModel):
@@ -46,6 +52,8 @@ class VlmModel(VlmPreTrainedModel):
     def __init__(self, config: VlmConfig) -> None:
         """Build the architecture of `config` with random weights."""
         super().__init__(config)
+        assert config.vision_config and config.connector_config and config.tiling, config
+        assert isinstance(config.text_config, PreTrainedConfig), config
         self.tiling = build_tiling(config.tiling)
         self.vision_tower = build_vision_encoder(config.vision_config)
         text_dim = config.text_config.hidden_size
@@ -138,6 +146,7 @@ class VlmModel(VlmPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, E)
+        assert inputs_embeds is not None
         features = None
         if pixel_values is not None:
             if input_ids is None:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class _Stop(StoppingCriteria):
     def __init__(self) -> None:
         self.event = threading.Event()
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
@@ -87,7 +87,7 @@ class ChatSession:
         """
         self.waiting.append((name or str(source), load_image(source)))
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str]:
         """Add a question and yield the reply in pieces; the reply is kept, even if cut short.
 
         Closing the iterator stops the model.
@@ -124,7 +124,7 @@ class ChatSession:
         batch = self.processor.collate([encoded], padding_side="left")
         return {name: value.to(self.model.device) for name, value in batch.items()}
 
-    def _stream(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    def _stream(self, inputs: Mapping[str, torch.Tensor]) -> Generator[str]:
         """Generate in a thread and yield text as it comes; stop the thread when closed."""
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
@@ -136,7 +136,7 @@ class ChatSession:
 
         def generate() -> None:
             try:
-                self.model.generate(
+                self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                     **inputs,
                     **self.sampling.generate_options(),
                     max_new_tokens=new_tokens,

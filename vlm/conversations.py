@@ -79,7 +79,7 @@ def _check_message(index: int, message: Message, image_token: str) -> dict[str, 
 def render(
     messages: Sequence[dict[str, Any]],
     template: str,
-    special_tokens: Mapping[str, str],
+    special_tokens: Mapping[str, Any],
     image_token: str,
     supervise: bool,
     add_generation_prompt: bool,
@@ -101,7 +101,7 @@ def render(
     if not takes_entries(template, image_token):
         messages = [{**m, "content": flatten(m["content"], image_token)} for m in messages]
     text, spans = _render_one(messages, template, special_tokens, supervise, add_generation_prompt)
-    return Rendered(text, tuple(map(tuple, spans)))
+    return Rendered(text, tuple((start, end) for start, end in spans))
 
 
 def marks_generation(template: str) -> bool:
@@ -139,7 +139,7 @@ def takes_entries(template: str, image_token: str) -> bool:
 def _render_one(
     messages: Sequence[dict[str, Any]],
     template: str,
-    special_tokens: Mapping[str, str],
+    special_tokens: Mapping[str, Any],
     supervise: bool,
     add_generation_prompt: bool,
 ) -> tuple[str, list[list[int]]]:
@@ -154,4 +154,4 @@ def _render_one(
         )
     except TemplateError as error:
         raise UserError(f"the chat template refuses this conversation: {error}") from error
-    return texts[0], spans[0] if supervise else []
+    return texts[0], spans[0] if supervise else []  # pyright: ignore[reportReturnType]

@@ -52,7 +52,8 @@ class VlmImageProcessor(BaseImageProcessor):
         """
         super().__init__(**kwargs)
         self.view_size = view_size
-        self.view_token_grid = tuple(view_token_grid)
+        height, width = view_token_grid
+        self.view_token_grid: Size = (height, width)
         self.tiling = dict(tiling) if tiling is not None else {"type": "resize"}
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
@@ -97,12 +98,14 @@ class VlmImageProcessor(BaseImageProcessor):
         """Return the square pictures that the encoder sees of one image, in order."""
         return self._cutter.split(to_rgb(image), self.view_size, self.mean_color, num_images)
 
-    def normalize(self, views: Sequence[Image.Image]) -> Tensor:
+    def normalize(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, views: Sequence[Image.Image]
+    ) -> Tensor:
         """Return RGB views as the encoder's input (T, 3, S, S), float32."""
         pixels = torch.from_numpy(np.stack([np.asarray(view) for view in views]))
         return pixels.permute(0, 3, 1, 2).mul(self._scale).sub_(self._shift).contiguous()
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         images: Image.Image | Sequence[Image.Image],
         num_images: Sequence[int] | None = None,

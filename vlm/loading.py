@@ -1,11 +1,12 @@
 """How is a model made: from a checkpoint folder, or from parts?"""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 import vlm.registration  # noqa: F401 - loading needs the Auto classes to know this model
 from connectors import connector_token_grid
@@ -54,10 +56,47 @@ def load_model(
     device = _usable_device(device)
     try:
         processor = VlmProcessor.from_pretrained(source)
-        model = VlmForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto")
-    except (OSError, json.JSONDecodeError) as error:
+        with _quiet():  # its report of wrong weights is a screenful; ours is a sentence
+            model, report = VlmForConditionalGeneration.from_pretrained(
+                source,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
+            )
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from error
-    return model.to(device).eval(), processor
+    _check_report(source, report)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return model.eval(), processor
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers log errors only."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_report(source: str | Path, report: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit: transformers would go on with random ones.
+
+    Raises:
+        UserError: weights are missing, left over, or of another shape than the config says.
+    """
+    wrong = {
+        "are missing": sorted(report["missing_keys"]),
+        "are not of this model": sorted(report["unexpected_keys"]),
+        "have another shape than config.json says": sorted(k[0] for k in report["mismatched_keys"]),
+    }
+    for what, names in wrong.items():
+        if names:
+            raise UserError(
+                f"{source} cannot be loaded: {len(names)} weights {what}, such as {names[0]}"
+            )
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device:
@@ -104,6 +143,9 @@ def check_checkpoint(source: str | Path) -> None:
         raise UserError(
             f"{source} is a {config.model_type!r} model, not a vision-language model of this suite"
         )
+    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        if path.is_dir() and not (path / name).is_file():
+            raise UserError(f"{source} is no complete checkpoint: it has no {name}")
 
 
 def checkpoint_hint(folder: Path) -> str:
@@ -147,7 +189,7 @@ def assemble(
     if dtype is not None:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         vision_encoder.to(dtype)
-        language_model.to(dtype)
+        language_model.to(dtype)  # pyright: ignore[reportArgumentType]
 
     resolved_tiling = tiling_config(build_tiling(tiling or {"type": "resize"}))
     image_processor = VlmImageProcessor(
@@ -177,7 +219,7 @@ def set_stop_tokens(
 ) -> None:
     """Let generation stop at eos and at the template's end-of-turn, and pad with the pad token."""
     known = model.generation_config.eos_token_id
-    stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+    stops: list[Any] = [] if known is None else [known] if isinstance(known, int) else list(known)
     stops.append(tokenizer.eos_token_id)
     end_of_turn = None if chat_template is None else CHAT_TEMPLATES[chat_template].end_of_turn
     if end_of_turn is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -20,6 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from connectors import build_connector
 from vlm.base_model import VlmModel, VlmPreTrainedModel
 from vlm.configuration import VlmConfig
+from vlm.encoders import VisionEncoder
 from vlm.errors import UserError
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
 from vlm.token_layout import images_per_row
@@ -42,6 +43,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = VlmModel(config)
         text = config.text_config
+        assert isinstance(text, PreTrainedConfig), "a model needs the config of its language model"
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self._declare_tied_weights()
         self._transform = logit_transform(text)
@@ -57,7 +59,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
     @classmethod
     def from_components(
         cls,
-        vision_encoder: nn.Module,
+        vision_encoder: VisionEncoder,
         connector_config: Mapping[str, Any],
         language_model: PreTrainedModel,
         tiling: Mapping[str, Any],
@@ -67,7 +69,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         """Join loaded parts with a new connector; the parts are used, not copied.
 
         Args:
-            vision_encoder: a `VisionEncoder`.
+            vision_encoder: with its weights.
             connector_config: `{"type": ..., fields}`; its weights are new.
             language_model: any `AutoModelForCausalLM`; its embedding is enlarged if it is smaller
                 than the vocabulary.
@@ -78,9 +80,10 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         Raises:
             UserError: the language model's logits are not those of its head (see `lm_head.py`).
         """
-        if language_model.get_input_embeddings().num_embeddings < vocab_size:
+        embedding: Any = language_model.get_input_embeddings()
+        if embedding.num_embeddings < vocab_size:
             language_model.resize_token_embeddings(vocab_size, mean_resizing=False)
-        head = language_model.get_output_embeddings()
+        head: Any = language_model.get_output_embeddings()
         config = VlmConfig(
             vision_config=dict(vision_encoder.config),
             connector_config=dict(connector_config),
@@ -141,9 +144,9 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         """Return the head."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the head."""
-        self.lm_head = value
+        self.lm_head = new_embeddings
 
     def get_image_features(
         self, pixel_values: Tensor, tile_grids: Tensor, image_sizes: Tensor
@@ -227,7 +230,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs["image_hidden_states"],
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
@@ -238,14 +241,14 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
 
         `inputs_embeds` is named because `generate` looks for the name in this signature.
         """
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         if inputs.get("pixel_values") is not None:
             inputs["tile_grids"] = tile_grids
         return inputs
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -256,8 +259,9 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         names = ("pixel_values", "tile_grids", "image_sizes")
         images = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
         if images and expand_size > 1:
+            assert input_ids is not None, "images come with ids"
             images = self._repeat_images(input_ids, expand_size, **images)
-        ids, kwargs = super()._expand_inputs_for_generation(
+        ids, kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
         return ids, {**kwargs, **images}

@@ -35,9 +35,10 @@ class VlmProcessor(ProcessorMixin):
         """Join the parts; the tokenizer must know the image token already (see `prepare`)."""
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id in (None, tokenizer.unk_token_id):
+        image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if not isinstance(image_token_id, int) or image_token_id == tokenizer.unk_token_id:
             raise UserError(f"the tokenizer has no image token {image_token!r}")
+        self.image_token_id: int = image_token_id
 
     @classmethod
     def prepare(
@@ -70,7 +71,7 @@ class VlmProcessor(ProcessorMixin):
                 "the tokenizer has no chat template; set chat_template in the recipe's model to "
                 f"one of {', '.join(sorted(CHAT_TEMPLATES))}"
             )
-        text = tokenizer.chat_template if chat_template is None else load(chat_template)
+        text = tokenizer.get_chat_template() if chat_template is None else load(chat_template)
         wanted = (IMAGE_TOKEN,)
         if chat_template is not None:
             wanted += CHAT_TEMPLATES[chat_template].special_tokens
@@ -107,9 +108,11 @@ class VlmProcessor(ProcessorMixin):
             UserError: the conversation cannot be encoded; the message says why, with numbers.
         """
         checked = check_messages(messages, len(images), self.image_token)
+        template = self.chat_template or ""
+        assert isinstance(template, str), "one template, not several by name"
         rendered = render(
             checked,
-            self.chat_template or "",
+            template,
             self.tokenizer.special_tokens_map,
             self.image_token,
             supervise,
@@ -180,10 +183,10 @@ class VlmProcessor(ProcessorMixin):
         """Return generated ids (L,) as text, without special tokens and outer spaces."""
         return self.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        images: Image.Image | Sequence[Any] | None = None,
-        text: str | Sequence[str] | None = None,
+        images: Any = None,
+        text: str | list[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenise text whose image tokens stand for `images`: transformers' own interface.
@@ -198,7 +201,7 @@ class VlmProcessor(ProcessorMixin):
         counts = [item.count(self.image_token) for item in texts]
         if sum(counts) != len(flat):
             raise UserError(f"the text has {sum(counts)} image tokens, but {len(flat)} images")
-        images_kwargs = {**kwargs.pop("images_kwargs", {}), "num_images": counts}
+        images_kwargs: Any = {**kwargs.pop("images_kwargs", {}), "num_images": counts}
         return super().__call__(images=flat, text=texts, images_kwargs=images_kwargs, **kwargs)
 
     def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:

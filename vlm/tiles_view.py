@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
     from vlm.images import load_image
     from vlm.tiles_figure import draw
 
+    for option, value in (("--view-size", args.view_size), ("--encoder-grid", args.encoder_grid)):
+        if value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
     image = load_image(args.image)
     view = view_of_model(args.model, image) if args.model else view_of_options(args, image)
     figure = draw(view, Path(args.image).name)

@@ -73,11 +73,12 @@ def lay_out(
     if not isinstance(tiling, AnyresTiling):
         return view_tokens.flatten(0, 1)
     whole, tiles = view_tokens[0], view_tokens[1:]
+    row_end = None
     if tiling.unpad:
         assert newline is not None, "a tiling that unpads needs the newline embedding"
-        newline = newline.to(view_tokens)
+        row_end = newline.to(view_tokens)
     if plan.grid == (0, 0):
-        return torch.cat([whole, newline[None]]) if tiling.unpad else whole
+        return whole if row_end is None else torch.cat([whole, row_end[None]])
 
     (rows, cols), (height, width) = plan.grid, view_token_grid
     picture = tiles.unflatten(0, (rows, cols)).unflatten(2, (height, width))
@@ -91,8 +92,8 @@ def lay_out(
         channels_first = picture.permute(2, 0, 1)[None]
         shrunk = F.interpolate(channels_first, target, mode="bilinear")
         picture = shrunk[0].permute(1, 2, 0)
-    if tiling.unpad:
-        ends = newline.expand(picture.shape[0], 1, -1)
+    if row_end is not None:
+        ends = row_end.expand(picture.shape[0], 1, -1)
         picture = torch.cat([picture, ends], dim=1)
     return torch.cat([whole, picture.flatten(0, 1)])
 

@@ -57,6 +57,18 @@ TINY: dict[str, dict[str, Any]] = {
         "image_size": 32,
         "model_args": {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 8},
     },
+    "timm_swin": {  # its tables of relative positions are in buffers; it is channels last inside
+        "type": "timm",
+        "source": "swin_tiny_patch4_window7_224",
+        "image_size": 64,
+        "model_args": {
+            "depths": [1, 1],
+            "embed_dim": 12,
+            "num_heads": [2, 2],
+            "window_size": 4,
+            "patch_size": 4,
+        },
+    },
     "timm_convnext": {
         "type": "timm",
         "source": "convnext_atto",
