@@ -18,7 +18,7 @@ from dataclasses import dataclass
 PARSER_VERSION = "1"  # raise it when a rule changes: stored scores are tied to it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-NUMBER_WORDS = dict(
+NUMBER_WORDS: dict[str, str] = dict(
     zip(
         "zero one two three four five six seven eight nine ten eleven twelve".split(),
         map(str, range(13)),

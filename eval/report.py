@@ -149,23 +149,21 @@ def _rules(results: Json) -> Iterable[tuple[Any, ...]]:
 
 
 def _manifest(manifest: Json) -> list[str]:
-    """Return the manifest as a list: nested values one level deep, in their JSON order."""
+    """Return the manifest as a list, one line per entry or file."""
     lines = []
     for name, value in manifest.items():
-        if isinstance(value, Mapping):
-            inner = ", ".join(f"{key} {item!r}" for key, item in value.items())
-            lines.append(f"- {name}: {inner}")
-        elif isinstance(value, list):
-            lines += [f"- {name}: {_flat(item)}" for item in value]
-        else:
-            lines.append(f"- {name}: {value}")
+        files = isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+        lines += [f"- {name}: {_flat(item)}" for item in (value if files else [value])]
     return lines
 
 
-def _flat(item: Any) -> str:
-    if isinstance(item, Mapping):
-        return ", ".join(f"{key} {inner}" for key, inner in item.items())
-    return str(item)
+def _flat(value: Any) -> str:
+    """Return a value on one line; texts inside others are quoted, so that blanks can be seen."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {inner!r}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return repr(value) if "\n" in str(value) else str(value)
 
 
 def _console_row(name: str, cell: Json) -> tuple[str, ...]:

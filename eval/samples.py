@@ -9,6 +9,7 @@ is lost and none is counted for a model that did not give it.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,8 +58,9 @@ class SampleStore:
         self.rows.update({_key(row): row for row in rows})
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk refused was already told by `append`."""
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self, rows: Iterable[Row]) -> None:
         self._file.write("".join(f"{dump(row)}\n" for row in rows))

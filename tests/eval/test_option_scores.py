@@ -14,6 +14,7 @@ from eval.option_scores import (
     continuations,
     option_texts,
     score_plainly,
+    score_with_cache,
 )
 from eval.settings import AnswerSettings
 
@@ -228,10 +229,23 @@ def test_only_full_attention_layers_share_a_prefix(tiny_vlm):
     assert not can_share_prefix(sliding)
 
 
-def test_score_plainly_leaves_out_options_a_row_has_not(tiny_vlm):
-    answerer, questions = ask(tiny_vlm, False)
-    options = [Continuations(ids=((5,), (6,), (7,))[: len(q.choices)], shared=0) for q in questions]
-    scores = score_plainly(
-        answerer.model, answerer._collate, [q.encoded for q in questions], options
-    )
-    assert [len(row) for row in scores] == [len(row.ids) for row in options]
+def test_options_of_any_length_and_number(tiny_vlm):
+    """Options that differ in more than their last token take several forwards of one cache."""
+    answerer, questions = ask(tiny_vlm, False, max_new_tokens=5)
+    batch = answerer._collate([question.encoded for question in questions])
+    sequences, cache = answerer._generate(batch)
+    start = batch["input_ids"].shape[1]
+    _, two, three = sequences[:, start:].tolist()
+    options = [
+        Continuations(ids=((5, 6), (7,), (8, 9, 10)), shared=0),
+        Continuations(ids=((*two[:3], 5), (*two[:3], 6, 7)), shared=3),
+        Continuations(ids=((*three, 5), (*three, 6), (*three, 6, 7)), shared=5),
+    ]
+    mask = batch["attention_mask"]
+    cached = score_with_cache(answerer.model, cache, sequences, mask, options)
+    again = score_with_cache(answerer.model, cache, sequences, mask, options)
+    encoded = [question.encoded for question in questions]
+    plain = score_plainly(answerer.model, answerer._collate, encoded, options)
+    for row, repeated, wanted in zip(cached, again, plain, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)
+        assert repeated == row, "the cache is left as it was found"

@@ -82,4 +82,5 @@ def test_a_full_disk_keeps_what_is_saved(tmp_path: Path):
     store._file = open("/dev/full", "w", encoding="utf-8")
     with pytest.raises(UserError, match="1 are saved, the same command goes on"):
         store.append([answer(1)])
+    store.close()
     assert list(SampleStore(tmp_path, ONE).rows) == [(0, "image")]
