@@ -236,3 +236,14 @@ def missing_weights(source: str, missing: Sequence[str]) -> UserError:
         f"{source} lacks the weights {few}; if it was saved at a lower layer or another size, "
         "leave out vision_encoder.layer and image_size"
     )
+
+
+def restore_buffers(module: nn.Module) -> None:
+    """Compute the buffers that no checkpoint holds, such as timm's tables of rotary positions.
+
+    `from_pretrained` builds on the meta device and then fills such buffers with whatever lies in
+    memory; modules of transformers mend theirs in `_init_weights`, those of timm only if asked.
+    """
+    restore = getattr(module, "init_non_persistent_buffers", None)  # timm's name for it
+    if restore is not None:
+        restore()

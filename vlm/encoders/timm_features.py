@@ -62,20 +62,18 @@ def extract(
     model: Any, pixel_values: Tensor, positions: Sequence[int], normed: bool
 ) -> list[Tensor]:
     """Return the feature maps (T, H, W, D) at `positions` of a pruned model, in that order."""
+    late = [norm for path in LATE_NORMS if normed and (norm := late_norm(model, path))]
     ascending = sorted(set(positions))  # the order in which they come back
     maps = model.forward_intermediates(
         pixel_values,
         indices=ascending,
-        norm=normed,
+        norm=normed and not late,  # Hiera refuses it, and has a late one
         stop_early=True,
         output_fmt="NCHW",
         intermediates_only=True,
     )
-    if normed:
-        for path in LATE_NORMS:
-            norm = late_norm(model, path)
-            if norm is not None:
-                maps = [apply_norm(norm, m) for m in maps]
+    for norm in late:
+        maps = [apply_norm(norm, m) for m in maps]
     return [maps[ascending.index(position)].permute(0, 2, 3, 1) for position in positions]
 
 
