@@ -33,7 +33,8 @@ def draw(view: TilesView, name: str) -> Figure:
     rows = -(-len(views) // columns)
     views_height = rows * (PAGE_WIDTH / columns)
     figure = Figure(figsize=(PAGE_WIDTH, TOP_HEIGHT + views_height), dpi=110, facecolor=PAPER)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[TOP_HEIGHT, views_height])
+    panels: Any = figure.subfigures(2, 1, height_ratios=[TOP_HEIGHT, views_height])
+    top, bottom = panels
     top.suptitle(name, color=INK, fontsize=15, fontweight="bold", x=0.025, y=0.975, ha="left")
     top.text(0.025, 0.885, view.summary(), color=INK, fontsize=11, ha="left")
 
