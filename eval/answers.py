@@ -18,13 +18,12 @@ from dataclasses import dataclass
 PARSER_VERSION = "1"  # raise it when a rule changes: stored scores are tied to it
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-NUMBER_WORDS: dict[str, str] = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve".split(),
-        map(str, range(13)),
-        strict=True,
+NUMBER_WORDS: dict[str, str] = {
+    word: str(number)
+    for number, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve".split()
     )
-)
+}
 NEGATIONS = frozenset(
     "not no nor neither cannot can't isn't aren't doesn't don't unclear unsure unknown".split()
 )
@@ -122,7 +121,7 @@ def read_answer(reply: str, choices: Sequence[str]) -> Reading:
 
 def words(text: str) -> list[str]:
     """Return the words of a text in comparable form: folded case, digits for number words."""
-    found = (word.casefold().replace("’", "'") for word in WORD.findall(text))
+    found: list[str] = [word.casefold().replace("’", "'") for word in WORD.findall(text)]
     return [NUMBER_WORDS.get(word, word) for word in found]
 
 
