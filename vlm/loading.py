@@ -57,7 +57,7 @@ def load_model(
     try:
         processor = VlmProcessor.from_pretrained(source)
         with _quiet():  # its report of wrong weights is a screenful; ours is a sentence
-            model, report = VlmForConditionalGeneration.from_pretrained(
+            loaded: Any = VlmForConditionalGeneration.from_pretrained(
                 source,
                 dtype=dtype or "auto",
                 output_loading_info=True,
@@ -65,9 +65,9 @@ def load_model(
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
     _check_report(source, report)
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    return model.eval(), processor
+    return model.to(device).eval(), processor
 
 
 @contextmanager

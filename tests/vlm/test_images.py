@@ -185,6 +185,7 @@ def test_missing_files_folders_and_names(tmp_path: Path) -> None:
         load_image(b"nothing", name="row 7 of data.parquet")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's remarks on damaged TIFF headers
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_damaged_bytes_never_escape_as_other_errors(kind) -> None:
     data = encoded(halves(64, 48), kind)
