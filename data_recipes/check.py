@@ -11,8 +11,12 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from data_recipes.mixture import Source
 
 
 @dataclass
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
-def check_source(source: "Source", decode: bool = False, examples: int = 3) -> Faults:  # noqa: F821
+def check_source(source: "Source", decode: bool = False, examples: int = 3) -> Faults:
     """Read every record of a source; look for its images, or decode them.
 
     Raises:

@@ -30,7 +30,7 @@ def build_model(
     else:
         model, processor = load_model(source, dtype=recipe.model.dtype, device="cpu")
         if previous is not None or recipe.model.chat_template is not None:
-            processor.chat_template = model_template(recipe, processor)
+            processor.chat_template = model_template(recipe)
     if stage.chat_template is not None:
         vocabulary = processor.tokenizer.get_vocab()
         special = CHAT_TEMPLATES[stage.chat_template].special_tokens
@@ -47,17 +47,19 @@ def _assemble(recipe: Recipe) -> tuple[Any, Any]:
     """Join the recipe's components, with a new connector."""
     from vlm.loading import assemble
 
+    parts = recipe.model
+    assert parts.vision_encoder and parts.connector and parts.language_model, "checked on reading"
     return assemble(
-        recipe.model.vision_encoder,
-        recipe.model.connector,
-        recipe.model.language_model,
-        tiling=recipe.model.tiling,
-        chat_template=recipe.model.chat_template,
-        dtype=recipe.model.dtype,
+        parts.vision_encoder,
+        parts.connector,
+        parts.language_model,
+        tiling=parts.tiling,
+        chat_template=parts.chat_template,
+        dtype=parts.dtype,
     )
 
 
-def model_template(recipe: Recipe, processor: Any) -> str:
+def model_template(recipe: Recipe) -> Any:
     """Return the template of stages that name none, also where the stage before named one."""
     from transformers import AutoTokenizer
 

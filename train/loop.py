@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from data_recipes.dataset import Collator, ConversationDataset
 from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
@@ -48,7 +48,7 @@ def make_trainer(
         args=arguments,
         groups=groups,
         on_skip=SkipNotes(folder, arguments.process_index),
-        train_dataset=dataset,
+        dataset=dataset,
         data_collator=Collator(dataset.processor),
         processing_class=dataset.processor,
         callbacks=callbacks,
@@ -92,7 +92,7 @@ def train_to_end(
 
 def records_seen(trainer: VlmTrainer, step: int) -> dict[str, int]:
     """Return how many records of each source the steps so far asked for, skipped ones included."""
-    mixture, args = trainer.train_dataset.mixture, trainer.args
+    mixture, args = trainer.dataset.mixture, trainer.args
     size, batch = len(mixture), args.train_batch_size * args.world_size
     batches = size // batch if args.dataloader_drop_last else math.ceil(size / batch)
     steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))

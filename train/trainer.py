@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from data_recipes.dataset import Skipped
+from data_recipes.dataset import ConversationDataset, Skipped
 from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
 from train.freeze import Group, optimizer_groups
 from vlm.errors import UserError
@@ -69,7 +69,7 @@ class SealingTrainer(Trainer):
         Raises:
             UserError: the disk is full; the checkpoints before this one are untouched.
         """
-        folder = Path(self.args.output_dir)
+        folder = Path(cast(str, self.args.output_dir))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -92,29 +92,35 @@ class SealingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write model and processor; not the pickle of the arguments that the Trainer adds."""
         super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 class VlmTrainer(SealingTrainer):
     """A Trainer that knows parts, mixtures and skipped records.
 
     Args:
+        dataset: what to train on; it decides the order.
         groups: from `train.freeze.freeze`.
         on_skip: called with every record that was left out of a batch of this rank.
     """
 
-    def __init__(self, *, groups: list[Group], on_skip: Any, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self, *, dataset: ConversationDataset, groups: list[Group], on_skip: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(train_dataset=dataset, **kwargs)
+        self.dataset = dataset
         self.groups = groups
         self.on_skip = on_skip
         self.window = Window()
-        self.sampler = EpochSampler(len(self.train_dataset))
+        self.sampler = EpochSampler(len(dataset))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over the freeze plan's groups."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            model = model or self.model
+            assert isinstance(model, nn.Module)
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
             groups = optimizer_groups(model, self.groups, self.args.weight_decay)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
@@ -125,7 +131,7 @@ class VlmTrainer(SealingTrainer):
         Each new iterator draws a seed for its workers; a resumed run makes one iterator more, and
         drawn from the global generator that would change every dropout mask after it.
         """
-        loader = super().get_train_dataloader()
+        loader = cast(Any, super().get_train_dataloader())  # accelerate's, around torch's
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
@@ -135,7 +141,7 @@ class VlmTrainer(SealingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Count supervised tokens of the whole step; at least 1, for a step of skipped records."""
         count = super()._get_num_items_in_batch(batch_samples, device)
-        assert count is not None, "the model must take num_items_in_batch"
+        assert isinstance(count, Tensor), "the model must take num_items_in_batch"
         return count.clamp(min=1)
 
     def training_step(
