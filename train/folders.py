@@ -80,7 +80,7 @@ def claim(recipe: Recipe, stage: StageRecipe, folder: Path) -> bool:
                     f"{folder} holds stage {stage.name!r} with {path} = {before.get(path)!r}, but "
                     f"now it is {now.get(path)!r}; choose another --output_dir, or delete it"
                 )
-    elif folder.exists() and any(folder.iterdir()):
+    elif is_main_process() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no stage of a run; choose another --output_dir")
     if is_main_process() and not is_done(folder):
         folder.mkdir(parents=True, exist_ok=True)

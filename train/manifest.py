@@ -44,7 +44,7 @@ class StageManifest(TrainerCallback):
             "step": before.get("step", 0),
             "recipe_sha256": hash_tree(recipe.to_dict()),
             "trainable": stage.trainable,
-            "data": hash_sources(stage.data.sources),
+            "data": hash_sources(stage.data.sources) if is_main_process() else {},
             **environment(device),
         }
         self.write("running")
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return versions, the suite's commit and the device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **_versions()},

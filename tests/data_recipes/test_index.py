@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_recipes import index as index_module
-from data_recipes.index import RecordIndex, load_or_build
+from data_recipes.index import RecordIndex, fingerprint, load_or_build
 from data_recipes.scan import scan
 from vlm.errors import UserError
 
@@ -118,6 +118,20 @@ def test_cache_is_used_and_dropped_when_the_file_changes(tmp_path, monkeypatch):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same size, same time
     monkeypatch.setattr(index_module, "scan", lambda p: scan(p))
     assert RecordIndex(path)[0] == {"i": 10}
+
+
+def test_fingerprint_sees_both_ends_of_a_large_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    data = bytearray(b"x" * 300_000)
+    found = set()
+    for position in (None, 0, 299_999):
+        changed = bytearray(data)
+        if position is not None:
+            changed[position] = ord("y")
+        path.write_bytes(changed)
+        os.utime(path, ns=(1, 1))
+        found.add(fingerprint(path))
+    assert len(found) == 3
 
 
 def test_damaged_cache_is_rebuilt(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from data_recipes.dataset import ConversationDataset
 from train.callbacks import read_log
 from vlm.cli import main
 from vlm.loading import load_model
@@ -210,7 +211,29 @@ def test_disk_full_while_training_loses_nothing(tree, write_recipe, tmp_path, ca
     assert [line["step"] for line in read_log(folder / "training_log.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_positions_go_on_through_epochs_and_a_resume(tree, write_recipe, tmp_path, monkeypatch):
+    """Two and a half epochs of 24 records: every position once, in order, also after a resume."""
+    tree["stages"][0]["training"] |= {"max_steps": 15, "save_steps": 8, "save_total_limit": 9}
+    asked, get = [], ConversationDataset.__getitem__
+
+    def remember(self, position):
+        asked.append(position)
+        return get(self, position)
+
+    monkeypatch.setattr(ConversationDataset, "__getitem__", remember)
+    recipe, folder = str(write_recipe(tree)), tmp_path / "run" / "align"
+    assert main(["train", recipe, "--stage", "align"]) == 0
+    assert asked[:60] == list(range(60))
+    assert set(asked[60:]) <= set(range(60, 72))  # the loader looks one batch ahead
+    asked.clear()
+    (folder / "manifest.json").unlink()
+    (folder / "checkpoints" / "checkpoint-15" / "complete.json").unlink()
+    assert main(["train", recipe, "--stage", "align"]) == 0
+    assert asked[:28] == list(range(32, 60))
+
+
 def test_killed_after_the_last_step(tree, write_recipe, tmp_path, capsys):
+    tree["stages"][0]["training"]["max_steps"] = 5  # inside an epoch
     recipe, folder = str(write_recipe(tree)), tmp_path / "run" / "align"
     assert main(["train", recipe, "--stage", "align"]) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
