@@ -319,10 +319,13 @@ def test_a_frozen_encoder_keeps_no_graph_and_stays_in_eval_mode(make_model, rows
     model.model.vision_tower.requires_grad_(False)
     model.train()
     assert not model.model.vision_tower.training and model.model.connector.training
-    seen = []
+    seen, grad_modes = [], []
     hook = model.model.connector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    tower = model.model.vision_tower
+    tower.register_forward_pre_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
     model(**processor.collate(rows(processor), "right")).loss.backward()
     hook.remove()
+    assert grad_modes == [False]
     assert not seen[0][0][0].requires_grad
     assert all(p.grad is not None for p in model.model.connector.parameters())
     model.model.vision_tower.requires_grad_(True)
