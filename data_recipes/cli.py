@@ -8,8 +8,6 @@ vlm data tiles IMAGE --tiling anyres  draw what the encoder sees of an image
 import argparse
 import importlib
 
-from connectors.registry import lookup
-
 # words -> (module, names of its two functions); imported when chosen, like every command
 ACTIONS: dict[str, tuple[str, str, str]] = {
     "build scenes": ("data_recipes.scenes.cli", "add_build_arguments", "run_build"),
@@ -31,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such action.
     """
+    from connectors.registry import lookup
+
     action, words = args.action, list(args.arguments)
     if action == "build" and words:
         action = f"build {words.pop(0)}"

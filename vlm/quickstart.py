@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import UserError
-
 RECIPE = "train/recipes/quickstart.yaml"
 STEPS_FILE = "steps.json"
 REPORT_FILE = "report.json"
@@ -145,6 +143,8 @@ def _run_side_by_side(commands: Sequence[Sequence[str]]) -> tuple[float, int]:
         if code == 130:
             raise KeyboardInterrupt
         if code:
+            from vlm.errors import UserError  # not above: beside the children it is 200 MB of torch
+
             raise UserError(
                 f"`vlm {' '.join(words[:2])} ...` ended with exit code {code}; what was done is "
                 "kept, and the same command goes on from there"
@@ -215,6 +215,8 @@ def _read_steps(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {"settings": settings, "steps": {}}
     done = json.loads(path.read_text(encoding="utf-8"))
     if done["settings"] != settings:
+        from vlm.errors import UserError
+
         raise UserError(
             f"{path.parent} holds a quickstart with {done['settings']}, not {settings}; "
             "choose another --out or remove the folder"
