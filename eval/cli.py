@@ -58,7 +58,7 @@ def _score(args: argparse.Namespace) -> int:
     """Open the data before the model: a wrong file name should not cost a loading time."""
     from connectors.registry import lookup
     from eval.answering import ModelAnswerer
-    from eval.evaluate import evaluate
+    from eval.harness import evaluate
     from eval.protocols import PROTOCOLS
     from eval.report import console_table
     from eval.runner import BLIND, IMAGE, RunPlan, choose_indices
@@ -98,7 +98,7 @@ class _Progress:
     def __init__(self, name: str) -> None:
         from tqdm import tqdm
 
-        from eval.evaluate import Messages
+        from eval.harness import Messages
 
         # disable=None: no bar where stderr is no terminal
         self._bar = tqdm(desc=name, unit="answer", disable=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.evaluate import Messages, evaluate
+from eval.harness import Messages, evaluate
 from eval.protocols import LMMS, OFFICIAL
 from eval.report import console_table
 from eval.runner import BLIND, IMAGE, RunPlan, choose_indices
