@@ -150,7 +150,9 @@ def check_checkpoint(source: str | Path) -> None:
 
 def checkpoint_hint(folder: Path) -> str:
     """Return where in a run's folder the checkpoints are, as the end of a sentence."""
-    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    marker = f'"model_type": "{VlmConfig.model_type}"'
+    configs = sorted(folder.glob("*/config.json"))
+    inside = [path.parent for path in configs if marker in path.read_text(errors="replace")]
     if not inside:
         return ""
     latest = max(inside, key=lambda path: (path / "config.json").stat().st_mtime)
