@@ -15,7 +15,7 @@ from vlm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("vlm")
-HEAVY = {"torch", "transformers", "torchvision", "matplotlib", "numpy", "PIL", "draccus", "pyarrow"}
+HEAVY = {"torch", "transformers", "torchvision", "matplotlib", "numpy", "PIL", "pyarrow"}
 
 
 def run_script(*words: str) -> subprocess.CompletedProcess[str]:
