@@ -71,7 +71,7 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         )
     except ImportError as error:
         raise UserError(
-            f"{where}: {error}; the extra packages for training come with pip install -e '.[train]'"
+            f"{where}: {error}; the extra packages for training come with: make extras EXTRAS=train"
         ) from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
@@ -127,5 +127,5 @@ def _unknown(name: str, known: list[str], where: str) -> None:
 def _require_deepspeed(where: str) -> None:
     if find_spec("deepspeed") is None:
         raise UserError(
-            f"{where}.deepspeed needs the package deepspeed; pip install -e '.[train]' installs it"
+            f"{where}.deepspeed needs the package deepspeed; it comes with: make extras EXTRAS=train"
         )
