@@ -127,5 +127,5 @@ def _unknown(name: str, known: list[str], where: str) -> None:
 def _require_deepspeed(where: str) -> None:
     if find_spec("deepspeed") is None:
         raise UserError(
-            f"{where}.deepspeed needs the package deepspeed; it comes with: make extras EXTRAS=train"
+            f"{where}.deepspeed needs deepspeed, which comes with: make extras EXTRAS=train"
         )

@@ -135,7 +135,7 @@ def import_open_clip() -> Any:
             raise
         raise UserError(
             "vision encoder 'open_clip' needs the library open_clip; "
-            "install it with: pip install -e '.[open_clip]'"
+            "it comes with: make extras EXTRAS=open_clip"
         ) from error
     return open_clip
 
