@@ -121,7 +121,7 @@ def fit(model: nn.Module, data: Dataset, settings: BaseSettings, out: Path, titl
             model=model,
             args=arguments,
             train_dataset=data,
-            data_collator=first,
+            data_collator=first,  # pyright: ignore[reportArgumentType]
             callbacks=[LossLine(title), stop],
         )
         trainer.remove_callback(PrinterCallback)
