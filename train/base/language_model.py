@@ -102,8 +102,8 @@ def train_language_model(settings: LanguageModelSettings, out: Path) -> dict[str
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
         **settings.llama,
     )
     model = LlamaForCausalLM(config)
