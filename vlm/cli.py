@@ -108,6 +108,8 @@ def _run(argv: Sequence[str]) -> int:
     try:
         module = importlib.import_module(COMMANDS[name].module)
         return module.run(_parse(program, module, chosen.arguments))
+    except BrokenPipeError:
+        raise  # to `main`
     except Exception as error:
         sentence = _mendable(error)
         if sentence is None:
