@@ -30,7 +30,7 @@ from data_recipes.scenes.vocabulary import BOX_NAMES
 from vlm.errors import UserError
 
 SHARD = 500  # training scenes per shard
-CAPTION_PROMPT = "Describe the image."
+REFERRED = 6  # objects described in one record, at most
 # Streams of one seed that must never meet.
 TRAIN_STREAM, TEST_STREAM, CONTROL_STREAM = 1, 2, 3
 
@@ -76,6 +76,14 @@ class BuildSettings:
     seed: int = 0
     direct_share: float = 0.0
     difficulty: Difficulty = field(default_factory=Difficulty)
+
+    def __post_init__(self) -> None:
+        least = {"train": 1, "test_per_task": 1, "control": 1, "size": 8}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"scenes: {name} must be {low} or more, not {getattr(self, name)}")
+        if not 0 <= self.direct_share <= 1:
+            raise UserError(f"scenes: direct_share must be from 0 to 1, not {self.direct_share}")
 
 
 def build(out: Path, settings: BuildSettings, workers: int = 1) -> dict:
@@ -127,7 +135,7 @@ def _write_training(folder: Path, settings: BuildSettings, workers: int) -> dict
             captions.writelines(caption_lines)
             dialogues.writelines(dialogue_lines)
             num_questions += asked
-            progress.update(len(caption_lines))
+            progress.update(len(dialogue_lines))
     return {"train": settings.train, "train_questions": num_questions}
 
 
@@ -140,12 +148,23 @@ def _train_shard(job: tuple[Path, BuildSettings, int, int]) -> tuple[list[str], 
     for number, example in enumerate(examples, start):
         name = f"images/{number:06d}.png"
         (folder / name).write_bytes(_png(example))
-        caption = ask.caption(example.scenes, example.row)
-        captions.append(_conversation(number, name, [(CAPTION_PROMPT, caption)]))
+        captions += _captions(number, name, example, rng)
         turns = [_turn(q, rng.random() < settings.direct_share) for q in example.questions]
-        dialogues.append(_conversation(number, name, turns))
+        dialogues.append(_conversation(f"scene-{number:06d}", name, turns))
         asked += len(turns)
     return captions, dialogues, asked
+
+
+def _captions(number: int, image: str, example: Example, rng: np.random.Generator) -> list[str]:
+    """Return one record that describes the whole picture, and one that describes named objects."""
+    identity, scenes, row = f"scene-{number:06d}", example.scenes, example.row
+    lines = [
+        _conversation(f"{identity}-all", image, [(ask.CAPTION_PROMPT, ask.caption(scenes, row))])
+    ]
+    referring = ask.referring(scenes, row, rng, REFERRED)
+    if referring is not None:
+        lines.append(_conversation(f"{identity}-named", image, [referring]))
+    return lines
 
 
 def _turn(question: ask.Question, direct: bool) -> tuple[str, str]:
@@ -154,13 +173,13 @@ def _turn(question: ask.Question, direct: bool) -> tuple[str, str]:
     return question.prompt, question.reply
 
 
-def _conversation(number: int, image: str, turns: list[tuple[str, str]]) -> str:
+def _conversation(identity: str, image: str, turns: list[tuple[str, str]]) -> str:
     """Return one LLaVA record as a line of JSON; the image stands before the first turn."""
     messages = []
     for i, (human, gpt) in enumerate(turns):
         messages.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + human})
         messages.append({"from": "gpt", "value": gpt})
-    record = {"id": f"scene-{number:06d}", "image": image, "conversations": messages}
+    record = {"id": identity, "image": image, "conversations": messages}
     return json.dumps(record) + "\n"
 
 

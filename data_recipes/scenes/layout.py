@@ -20,6 +20,7 @@ from data_recipes.scenes.vocabulary import (
     NUM_DISTANCE_BINS,
     SHAPES,
 )
+from vlm.errors import UserError
 
 FOCAL = 0.70
 HORIZON = 0.30
@@ -28,6 +29,7 @@ NEAREST, FARTHEST = 1.0, 2.2
 OBJECT_RADIUS = 0.245  # world units; 11 px of 64 at depth 1, 5 px at depth 2.2
 DISTANCE_RANGE = (0.3, 3.0)  # world units covered by the distance bins
 PLACEMENT_TRIES = 16
+MOST_COUNTED = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,25 @@ class Difficulty:
     depth_ratio: float = 1.25
     distance_ratio: float = 1.4
     relation_cells: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse knobs that leave nothing to draw or to ask."""
+        if not 1 <= self.min_objects <= self.max_objects:
+            raise UserError(
+                f"scenes: min_objects {self.min_objects} and max_objects {self.max_objects} must "
+                "be at least 1 and in this order"
+            )
+        if self.max_objects < MOST_COUNTED:
+            raise UserError(
+                f"scenes: max_objects must be {MOST_COUNTED} or more, the largest number that "
+                f"counting asks for, not {self.max_objects}"
+            )
+        for name in ("solid_share", "floating_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"scenes: {name} must be from 0 to 1, not {getattr(self, name)}")
+        for name in ("depth_ratio", "distance_ratio"):
+            if not 1 <= getattr(self, name) <= 2:
+                raise UserError(f"scenes: {name} must be from 1 to 2, not {getattr(self, name)}")
 
 
 @dataclass
@@ -158,7 +179,7 @@ def _sample_categories(
     """
     per_kind = len(FLAT_SHAPES)
     first_shape = np.where(solid, per_kind, 0)
-    members = rng.integers(0, min(7, slots), num)
+    members = rng.integers(0, MOST_COUNTED + 1, num)
     others = rng.integers(0, 4, num)
     total = np.clip(members + others, difficulty.min_objects, slots)
     wanted = np.arange(slots) < total[:, None]

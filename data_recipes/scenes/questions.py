@@ -4,25 +4,30 @@ Every question follows CV-Bench's wording and options. Where the right option st
 the caller, so that the text alone says nothing about the letter. A reply in words writes down what
 must be seen first, then what follows from it:
 
-    Relation  "red ball x2 , blue cone x6 , so left (A)"
-    Depth     "red ball z1 , blue cone z5 , so red ball (B)"
-    Distance  "red ball x2 y3 z1 , blue cone x6 y3 z2 , green cube x3 y6 z1 , blue cone d5 ,
-               green cube d2 , so green cube (A)"
-    Count     "balls x1 y2 , x5 y3 , so 2 (C)"
+    Relation  "see red x2 , blue x6 , so left (A)"
+    Depth     "see red z1 ball , blue z5 cone , so red z1 ball (B)"
+    Distance  "see red x2 red y3 red z1 , blue x6 blue y3 blue z2 , green x3 green y6 green z1 ,
+               blue d5 cone , green d2 cube , so green d2 cube (A)"
+    Count     "see ball y2 x1 , ball y3 x5 , so 2 (C)"
+
+What is looked up always follows the word it is looked up by ("red x2 red y3", not "red x2 y3"), and
+a conclusion repeats its observation: small models learn to look and to copy long before they learn
+to carry a word along.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_recipes.scenes.layout import Difficulty, SceneBatch, distance_bin
+from data_recipes.scenes.layout import MOST_COUNTED, Difficulty, SceneBatch, distance_bin
 from data_recipes.scenes.vocabulary import BOX_NAMES, COLOR_NAMES, PLURALS, SHAPES
 
 TASKS = ("Relation", "Count", "Depth", "Distance")
 LETTERS = "ABCDEF"
 SELECT = "Select from the following choices."
+CAPTION_PROMPT = "Describe the image."
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
-COUNT_WINDOWS = tuple((low, size) for size in (4, 5, 6) for low in range(0, 7 - size + 1))
+COUNT_WINDOWS = tuple((low, size) for size in (4, 5, 6) for low in range(MOST_COUNTED + 2 - size))
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Question:
     @property
     def reply(self) -> str:
         """The reply that writes out its observations first."""
-        return f"{self.reasoning} {self.letter}"
+        return f"see {self.reasoning} {self.letter}"
 
 
 def relation(scenes: SceneBatch, row: int, vertical: bool, answer: int) -> Question:
@@ -74,10 +79,7 @@ def relation(scenes: SceneBatch, row: int, vertical: bool, answer: int) -> Quest
         f"{names[1]} (annotated by the blue box) in the image provided, where is the {names[0]} "
         f"located with respect to the {names[1]}?"
     )
-    reasoning = (
-        f"red {names[0]} {axis}{cells[row, red]} , "
-        f"blue {names[1]} {axis}{cells[row, blue]} , so {truth}"
-    )
+    reasoning = f"red {axis}{cells[row, red]} , blue {axis}{cells[row, blue]} , so {truth}"
     return Question("Relation", text, _order(truth, other, answer), answer, reasoning)
 
 
@@ -92,8 +94,8 @@ def depth(scenes: SceneBatch, row: int, answer: int) -> Question:
         f"red box) or the {names[1]} (highlighted by a blue box)?"
     )
     reasoning = (
-        f"red {names[0]} z{bins[0]} , blue {names[1]} z{bins[1]} , "
-        f"so {BOX_NAMES[1 + near]} {names[near]}"
+        f"red z{bins[0]} {names[0]} , blue z{bins[1]} {names[1]} , "
+        f"so {BOX_NAMES[1 + near]} z{bins[near]} {names[near]}"
     )
     return Question("Depth", text, _order(names[near], names[1 - near], answer), answer, reasoning)
 
@@ -111,14 +113,13 @@ def distance(scenes: SceneBatch, row: int, answer: int) -> Question:
         f"to the {names[0]} (highlighted by a red box), the {names[1]} (highlighted by a blue box) "
         f"or the {names[2]} (highlighted by a green box)?"
     )
-    seen = [
-        f"{BOX_NAMES[i + 1]} {names[i]} x{scenes.cell_x[row, s]} y{scenes.cell_y[row, s]} "
-        f"z{scenes.depth_bin[row, s]}"
-        for i, s in enumerate(slots)
-    ]
+    seen = []
+    for box, slot in zip(BOX_NAMES[1:], slots, strict=True):
+        x, y = scenes.cell_x[row, slot], scenes.cell_y[row, slot]
+        seen.append(f"{box} x{x} {box} y{y} {box} z{scenes.depth_bin[row, slot]}")
+    told = [f"blue d{bins[0]} {names[1]}", f"green d{bins[1]} {names[2]}"]
     name, other = names[1 + near], names[2 - near]
-    gaps_told = [f"blue {names[1]} d{bins[0]}", f"green {names[2]} d{bins[1]}"]
-    reasoning = " , ".join([*seen, *gaps_told, f"so {BOX_NAMES[2 + near]} {name}"])
+    reasoning = " , ".join([*seen, *told, f"so {told[near]}"])
     return Question("Distance", text, _order(name, other, answer), answer, reasoning)
 
 
@@ -131,8 +132,11 @@ def count(
     cells = sorted((scenes.cell_y[row, k], scenes.cell_x[row, k]) for k in members)
     numbers = [window[0] + int(i) for i in order]
     answer = numbers.index(len(members))
-    places = [f"x{x} y{y}" for y, x in cells] or ["none"]
-    reasoning = f"{category_name} {' , '.join(places)} , so {len(members)}"
+    singular = category_name.split()[0]
+    if category < len(SHAPES):
+        singular = SHAPES[category]
+    places = [f"{singular} y{y} x{x}" for y, x in cells] or [f"{singular} none"]
+    reasoning = f"{' , '.join(places)} , so {len(members)}"
     text = f"How many {category_name} are in the image?"
     return Question("Count", text, tuple(map(str, numbers)), answer, reasoning)
 
@@ -174,21 +178,40 @@ def comparable(scenes: SceneBatch, row: int, difficulty: Difficulty) -> dict[str
 
 
 def caption(scenes: SceneBatch, row: int) -> str:
-    """Describe every object in reading order: "red box yellow ball x3 y5 z4 , ..."."""
-    slots = [int(k) for k in np.flatnonzero(scenes.exists[row])]
+    """Describe every object in reading order: "see y5 x3 yellow ball z4 red box , ..."."""
+    slots = [k for k in np.flatnonzero(scenes.exists[row])]
     slots.sort(key=lambda k: (scenes.cell_y[row, k], scenes.cell_x[row, k]))
-    return " , ".join(describe(scenes, row, k) for k in slots) or "nothing"
+    return "see " + (" , ".join(describe(scenes, row, k) for k in slots) or "nothing")
+
+
+def referring(
+    scenes: SceneBatch, row: int, rng: np.random.Generator, most: int
+) -> tuple[str, str] | None:
+    """Return a request to describe up to `most` objects by a word that only they have, and a reply.
+
+    None if no word names a single object.
+    """
+    words: dict[str, list[int]] = {}
+    for slot in np.flatnonzero(scenes.exists[row]):
+        own = [COLOR_NAMES[scenes.color[row, slot]], SHAPES[scenes.shape[row, slot]]]
+        for word in [*own, BOX_NAMES[scenes.box[row, slot]]]:
+            words.setdefault(word, []).append(slot)
+    named = {word: slots[0] for word, slots in words.items() if word and len(slots) == 1}
+    if not named:
+        return None
+    chosen = [sorted(named)[i] for i in rng.permutation(len(named))[:most]]
+    told = " , ".join(f"{word} {describe(scenes, row, named[word])}" for word in chosen)
+    return f"Describe {' , '.join(chosen)} in the image.", f"see {told}"
 
 
 def describe(scenes: SceneBatch, row: int, slot: int) -> str:
-    """Describe one object: box, colour, shape, cell and (in solid scenes) depth."""
-    box = scenes.box[row, slot]
-    words = [f"{BOX_NAMES[box]} box"] if box else []
+    """Describe one object: cell, colour, shape, depth (in solid scenes) and box."""
+    words = [f"y{scenes.cell_y[row, slot]}", f"x{scenes.cell_x[row, slot]}"]
     words += [COLOR_NAMES[scenes.color[row, slot]], SHAPES[scenes.shape[row, slot]]]
-    words += [f"x{scenes.cell_x[row, slot]}", f"y{scenes.cell_y[row, slot]}"]
     if scenes.solid[row]:
         words.append(f"z{scenes.depth_bin[row, slot]}")
-    return " ".join(words)
+    box = scenes.box[row, slot]
+    return " ".join([*words, f"{BOX_NAMES[box]} box"] if box else words)
 
 
 def _boxed(scenes: SceneBatch, row: int, box: int) -> int:

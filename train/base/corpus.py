@@ -1,55 +1,84 @@
-"""What does the base language model read? Questions with the observations already written out.
+"""What does the base language model read? Questions and captions about scenes told in words.
 
-Two kinds of documents, both as conversations in the `chatml` template:
+Every document is one turn in the `chatml` template, of one of two kinds:
 
-- a question, and a reply whose observations are given: the model learns what follows from them (the
-  comparison, the name or number, the letter), never what a picture might have shown;
-- a scene told object by object in random order, and its caption in reading order.
+- a reply whose observations are given: the model learns what follows from them (the comparison, the
+  name or number, the letter);
+- a scene and a whole reply. The scene is told cell by cell, each cell's words ("yellow", "ball",
+  "x3", "y5", "z4") laid over each other at one position, as a bag of words: the model learns to
+  look things up among the cells. Empty cells say where they are and nothing else.
 
-No document holds a picture, so whatever the stages add is what they learn about pictures.
+No document holds a picture. Reading bags of words is the skill that the connector's tokens can use
+later: stage 1 has to find these words for what the encoder sees.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_recipes.scenes import questions as ask
-from data_recipes.scenes.layout import Difficulty
+from data_recipes.scenes.layout import Difficulty, SceneBatch
 from data_recipes.scenes.sets import training_examples
+from data_recipes.scenes.vocabulary import NUM_CELLS
 
-CAPTION_PROMPT = "Describe the image."
 # Closer calls than the benchmark's, so that the comparison itself is learnt.
 DIFFICULTY = Difficulty(solid_share=1.0, depth_ratio=1.15, distance_ratio=1.2)
+EMPTY_CELLS = (0, 8, 8, 64)  # drawn with equal chance; 64 tells the whole grid, as a picture does
+REFERRED = 6  # objects described in one document, at most
 FLAT_EVERY = 5  # one scene in so many is flat, for its shapes' names
 
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation turn; `given` is the part of the reply that is not learnt."""
+    """One turn; `given` is the part of the reply that is not learnt, `cells` the scene's bags."""
 
     task: str
     prompt: str
     given: str
     learnt: str
+    cells: list[list[str]]
+
+    @property
+    def kind(self) -> str:
+        """The task, followed by "told" where a scene is told and the whole reply is learnt."""
+        return f"{self.task} told" if self.cells else self.task
 
 
 def documents(seed: int, num_scenes: int) -> Iterator[Document]:
-    """Yield the documents of `num_scenes` random scenes."""
+    """Yield the documents of `num_scenes` random scenes: every question in both kinds."""
     rng = np.random.default_rng([seed, 0])
-    flat = Difficulty(solid_share=0.0)
+    flat = replace(DIFFICULTY, solid_share=0.0)
     share = max(1, num_scenes // FLAT_EVERY)
     for number, difficulty in ((num_scenes - share, DIFFICULTY), (share, flat)):
         for example in training_examples(number, None, seed, difficulty):
             scenes, row = example.scenes, example.row
-            slots = rng.permutation(np.flatnonzero(scenes.exists[row]))
-            told = " , ".join(ask.describe(scenes, row, k) for k in slots) or "nothing"
-            caption = ask.caption(scenes, row)
-            yield Document("Caption", f"{told}\n{CAPTION_PROMPT}", "", caption)
+            cells = tell_cells(scenes, row, EMPTY_CELLS[rng.integers(len(EMPTY_CELLS))], rng)
+            yield Document("Caption", ask.CAPTION_PROMPT, "", ask.caption(scenes, row), cells)
+            referring = ask.referring(scenes, row, rng, REFERRED)
+            if referring is not None:
+                yield Document("Referring", referring[0], "", referring[1], cells)
             for question in example.questions:
                 given, learnt = split_reply(question)
-                yield Document(question.task, question.prompt, given, learnt)
+                yield Document(question.task, question.prompt, given, learnt, [])
+                yield Document(question.task, question.prompt, "", question.reply, cells)
+
+
+def tell_cells(
+    scenes: SceneBatch, row: int, empty: int, rng: np.random.Generator
+) -> list[list[str]]:
+    """Return the words of cells in reading order: all with an object and up to `empty` others."""
+    objects = {}
+    for slot in np.flatnonzero(scenes.exists[row]):
+        words = ask.describe(scenes, row, slot).split()
+        place = (int(scenes.cell_y[row, slot]), int(scenes.cell_x[row, slot]))
+        objects[place] = [word for word in words if word != "box"]
+    places = [divmod(int(i), NUM_CELLS) for i in rng.permutation(NUM_CELLS**2)]
+    others = [place for place in places if place not in objects][:empty]
+    for y, x in others:
+        objects[y, x] = [f"x{x}", f"y{y}"]
+    return [objects[place] for place in sorted(objects)]
 
 
 def split_reply(question: ask.Question) -> tuple[str, str]:
