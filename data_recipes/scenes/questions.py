@@ -179,7 +179,7 @@ def comparable(scenes: SceneBatch, row: int, difficulty: Difficulty) -> dict[str
 
 def caption(scenes: SceneBatch, row: int) -> str:
     """Describe every object in reading order: "see y5 x3 yellow ball z4 red box , ..."."""
-    slots = [k for k in np.flatnonzero(scenes.exists[row])]
+    slots = [int(k) for k in np.flatnonzero(scenes.exists[row])]
     slots.sort(key=lambda k: (scenes.cell_y[row, k], scenes.cell_x[row, k]))
     return "see " + (" , ".join(describe(scenes, row, k) for k in slots) or "nothing")
 
@@ -192,7 +192,7 @@ def referring(
     None if no word names a single object.
     """
     words: dict[str, list[int]] = {}
-    for slot in np.flatnonzero(scenes.exists[row]):
+    for slot in map(int, np.flatnonzero(scenes.exists[row])):
         own = [COLOR_NAMES[scenes.color[row, slot]], SHAPES[scenes.shape[row, slot]]]
         for word in [*own, BOX_NAMES[scenes.box[row, slot]]]:
             words.setdefault(word, []).append(slot)

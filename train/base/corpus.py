@@ -70,7 +70,7 @@ def tell_cells(
 ) -> list[list[str]]:
     """Return the words of cells in reading order: all with an object and up to `empty` others."""
     objects = {}
-    for slot in np.flatnonzero(scenes.exists[row]):
+    for slot in map(int, np.flatnonzero(scenes.exists[row])):
         words = ask.describe(scenes, row, slot).split()
         place = (int(scenes.cell_y[row, slot]), int(scenes.cell_x[row, slot]))
         objects[place] = [word for word in words if word != "box"]

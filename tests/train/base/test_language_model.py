@@ -1,0 +1,152 @@
+"""Does the base language model read what it should, and can anybody load the result?"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_recipes.scenes.questions import TASKS, Question
+from train.base.corpus import Document, documents, split_reply
+from train.base.language_model import (
+    IGNORE,
+    BagLlama,
+    LanguageModelSettings,
+    TextBatches,
+    pad,
+    start_by_matching,
+    train_language_model,
+)
+from train.base.tokenizer import END, answer_words, train_tokenizer
+from vlm.errors import UserError
+
+KINDS = [*TASKS, *(f"{task} told" for task in TASKS), "Caption told", "Referring told"]
+SETTINGS = LanguageModelSettings(
+    steps=2,
+    batch_size=4,
+    learning_rate=1e-3,
+    llama={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+           "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    shares=dict.fromkeys(KINDS, 1.0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(f"{d.prompt}{d.given}{d.learnt}" for d in documents(0, 500))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("lm")
+    return out, train_language_model(SETTINGS, out)
+
+
+def test_words_that_carry_the_answer_are_tokens_of_their_own(tokenizer):
+    for word in answer_words():
+        assert len(tokenizer(f" {word} ,", add_special_tokens=False)["input_ids"]) == 2, word
+
+
+@pytest.mark.parametrize("text", ["Où est le chat ? 猫\n\t🙂", "(A) 17 balls", " x9 y10"])
+def test_any_text_comes_back_as_it_was(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_question_of_cv_bench_is_cut_into_few_tokens(tokenizer):
+    found = next(d for d in documents(1, 20) if d.task == "Relation")
+    assert len(tokenizer(found.prompt)["input_ids"]) < 0.15 * len(found.prompt)
+
+
+@pytest.mark.parametrize(
+    ("task", "reasoning", "given"),
+    [
+        ("Relation", "red x2 , blue x6 , so left", "see red x2 , blue x6 ,"),
+        (
+            "Distance",
+            "red x1 , blue x2 , green x3 , blue d5 cone , green d2 cube , so green d2 cube",
+            "see red x1 , blue x2 , green x3 ,",
+        ),
+    ],
+)
+def test_replies_are_cut_where_seeing_ends(task, reasoning, given):
+    question = Question(task, "", ("a", "b"), 0, reasoning)
+    assert split_reply(question) == (given, question.reply[len(given) :])
+
+
+def test_documents_come_in_both_kinds_and_told_scenes_hold_the_answer():
+    found = list(documents(3, 40))
+    assert {d.kind for d in found} == set(KINDS)
+    for document in found:
+        if document.kind == "Relation told":
+            seen = document.learnt.split()  # see red x2 , blue x6 , so left (A)
+            for box, place in ((seen[1], seen[2]), (seen[4], seen[5])):
+                (cell,) = [cell for cell in document.cells if box in cell]
+                assert place in cell
+
+
+def test_only_what_is_learnt_has_labels(tokenizer):
+    data = TextBatches(tokenizer, SETTINGS)
+    document = Document("Count", "How many?", "see ball y2 x1 ,", " so 1 (A)", [["ball", "x1"]])
+    bags, labels = data.encode(document)
+    learnt = [bag[0] for bag, label in zip(bags, labels, strict=True) if label != IGNORE]
+    assert tokenizer.decode(learnt) == f" so 1 (A){END}"
+    (cell,) = [bag for bag in bags if len(bag) > 1]
+    assert tokenizer.convert_ids_to_tokens(cell) == ["Ġball", "Ġx1"]
+
+
+def test_batches_depend_on_seed_and_index_alone(tokenizer):
+    data = TextBatches(tokenizer, SETTINGS)
+    again = TextBatches(tokenizer, SETTINGS)
+    data[0]
+    assert torch.equal(data[1]["bags"], again[1]["bags"])
+    assert not torch.equal(data[0]["labels"], data[1]["labels"])
+
+
+def test_bags_of_one_are_plain_text(tokenizer, trained):
+    model = BagLlama.from_pretrained(trained[0]).eval()
+    ids = torch.tensor([tokenizer("How many balls are in the image?")["input_ids"]]) % 300
+    with torch.no_grad():
+        expected = model.model(input_ids=ids).last_hidden_state
+        assert torch.allclose(model.hidden(ids[..., None]), expected, atol=1e-6)
+
+
+def test_padding_does_not_change_the_loss(trained):
+    model = BagLlama.from_pretrained(trained[0]).eval()
+    row = ([[5], [6, 7], [8], [9]], [IGNORE, IGNORE, 8, 9])
+    longer = ([[4]] * 9, [IGNORE] * 9)
+    with torch.no_grad():
+        alone, together = (model(**pad(rows))["loss"] for rows in ([row], [row, longer]))
+    assert torch.allclose(alone, together, atol=1e-6)
+
+
+def test_attention_starts_by_looking_for_its_own_words():
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    model = BagLlama(LlamaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1,
+                                 intermediate_size=64, num_attention_heads=1,
+                                 initializer_range=0.06, attn_implementation="eager"))  # fmt: skip
+    start_by_matching(model)
+    ids = torch.tensor([[3, 7, 9, 11, 13, 7]])  # the last word stands at place 1 as well
+    weights = model.model(input_ids=ids, output_attentions=True).attentions[0][0, 0, -1, :5]
+    assert weights.argmax() == 1
+
+
+def test_the_folder_is_a_plain_llama_with_its_tokenizer(trained):
+    out, report = trained
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert tokenizer.eos_token == END
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "How many balls are in the image?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    assert model.generate(**ids, max_new_tokens=2).shape[1] > ids["input_ids"].shape[1]
+    assert set(report["held_out"]) <= set(KINDS)
+
+
+def test_a_finished_model_is_kept_and_other_settings_are_refused(trained):
+    out, report = trained
+    assert train_language_model(SETTINGS, out) == report
+    with pytest.raises(UserError, match="other settings"):
+        train_language_model(LanguageModelSettings(**{**vars(SETTINGS), "seed": 5}), out)
