@@ -7,7 +7,7 @@ Shapes: B documents, L tokens.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from train.base.corpus import Document, documents
 from train.base.settings import BaseSettings, done_before, finish, fit
@@ -110,7 +111,9 @@ class BagLlama(LlamaForCausalLM):
         embeds = (words * (bags >= 0)[..., None]).sum(2)
         return self.model(inputs_embeds=embeds).last_hidden_state
 
-    def forward(self, bags: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, bags: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
         """Return the mean loss of the learnt tokens."""
         learnt = labels[:, 1:] != IGNORE
         logits = self.lm_head(self.hidden(bags)[:, :-1][learnt])
@@ -126,7 +129,7 @@ def start_by_matching(model: LlamaForCausalLM) -> None:
     From the usual start, looking up a word among the cells is not learnt within the time there is.
     """
     for layer in model.model.layers:
-        attention = layer.self_attn
+        attention = cast(LlamaDecoderLayer, layer).self_attn
         attention.k_proj.weight.copy_(attention.q_proj.weight)
         attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 

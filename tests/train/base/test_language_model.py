@@ -1,5 +1,7 @@
 """Does the base language model read what it should, and can anybody load the result?"""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +43,8 @@ def trained(tmp_path_factory):
 
 
 def test_words_that_carry_the_answer_are_tokens_of_their_own(tokenizer):
-    for word in answer_words():
+    texts = " ".join(f"{d.prompt} {d.learnt}" for d in documents(0, 300))
+    for word in set(answer_words()) & set(re.findall(r"\w+", texts)):
         assert len(tokenizer(f" {word} ,", add_special_tokens=False)["input_ids"]) == 2, word
 
 
