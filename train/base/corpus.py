@@ -25,7 +25,6 @@ from data_recipes.scenes.vocabulary import NUM_CELLS
 
 # Closer calls than the benchmark's, so that the comparison itself is learnt.
 DIFFICULTY = Difficulty(solid_share=1.0, depth_ratio=1.15, distance_ratio=1.2)
-EMPTY_CELLS = (0, 8, 8, 64)  # drawn with equal chance; 64 tells the whole grid, as a picture does
 REFERRED = 6  # objects described in one document, at most
 FLAT_EVERY = 5  # one scene in so many is flat, for its shapes' names
 
@@ -46,22 +45,32 @@ class Document:
         return f"{self.task} told" if self.cells else self.task
 
 
-def documents(seed: int, num_scenes: int) -> Iterator[Document]:
-    """Yield the documents of `num_scenes` random scenes: every question in both kinds."""
+def documents(seed: int, num_scenes: int, empty: int | None) -> Iterator[Document]:
+    """Yield the documents of `num_scenes` random scenes, all of one kind.
+
+    Args:
+        seed: decides the scenes.
+        num_scenes: how many.
+        empty: empty cells told of every scene, at most; None tells no scenes, so that replies are
+            learnt from their observations on.
+    """
     rng = np.random.default_rng([seed, 0])
     flat = replace(DIFFICULTY, solid_share=0.0)
     share = max(1, num_scenes // FLAT_EVERY)
     for number, difficulty in ((num_scenes - share, DIFFICULTY), (share, flat)):
         for example in training_examples(number, None, seed, difficulty):
             scenes, row = example.scenes, example.row
-            cells = tell_cells(scenes, row, EMPTY_CELLS[rng.integers(len(EMPTY_CELLS))], rng)
+            if empty is None:
+                for question in example.questions:
+                    given, learnt = split_reply(question)
+                    yield Document(question.task, question.prompt, given, learnt, [])
+                continue
+            cells = tell_cells(scenes, row, empty, rng)
             yield Document("Caption", ask.CAPTION_PROMPT, "", ask.caption(scenes, row), cells)
             referring = ask.referring(scenes, row, rng, REFERRED)
             if referring is not None:
                 yield Document("Referring", referring[0], "", referring[1], cells)
             for question in example.questions:
-                given, learnt = split_reply(question)
-                yield Document(question.task, question.prompt, given, learnt, [])
                 yield Document(question.task, question.prompt, "", question.reply, cells)
 
 

@@ -33,7 +33,7 @@ SETTINGS = LanguageModelSettings(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(f"{d.prompt}{d.given}{d.learnt}" for d in documents(0, 500))
+    return train_tokenizer(f"{d.prompt}{d.given}{d.learnt}" for d in documents(0, 500, 0))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 
 
 def test_words_that_carry_the_answer_are_tokens_of_their_own(tokenizer):
-    texts = " ".join(f"{d.prompt} {d.learnt}" for d in documents(0, 300))
+    texts = " ".join(f"{d.prompt} {d.learnt}" for d in documents(0, 300, 0))
     for word in set(answer_words()) & set(re.findall(r"\w+", texts)):
         assert len(tokenizer(f" {word} ,", add_special_tokens=False)["input_ids"]) == 2, word
 
@@ -54,7 +54,7 @@ def test_any_text_comes_back_as_it_was(tokenizer, text):
 
 
 def test_a_question_of_cv_bench_is_cut_into_few_tokens(tokenizer):
-    found = next(d for d in documents(1, 20) if d.task == "Relation")
+    found = next(d for d in documents(1, 20, None) if d.task == "Relation")
     assert len(tokenizer(found.prompt)["input_ids"]) < 0.15 * len(found.prompt)
 
 
@@ -75,7 +75,7 @@ def test_replies_are_cut_where_seeing_ends(task, reasoning, given):
 
 
 def test_documents_come_in_both_kinds_and_told_scenes_hold_the_answer():
-    found = list(documents(3, 40))
+    found = [*documents(3, 40, None), *documents(3, 40, 8)]
     assert {d.kind for d in found} == set(KINDS)
     for document in found:
         if document.kind == "Relation told":
