@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 
 from eval.answers import PARSER_VERSION
+from eval.gallery import draw_gallery
 from eval.report import markdown_report
 from eval.results import protocol_manifest, summarise
-from eval.runner import Answerer, RunPlan, answer_all
+from eval.runner import IMAGE, Answerer, RunPlan, answer_all
 from eval.samples import SampleStore
 from eval.settings import AnswerSettings
 from eval.task import Task
@@ -56,14 +57,14 @@ def evaluate(
     about: Mapping[str, Any],
     messages: Messages = QUIET,
 ) -> dict[str, Any]:
-    """Answer what is missing, write results.json and report.md, and return the results.
+    """Answer what is missing, write results, report and gallery, and return the results.
 
     Args:
         task: the benchmark.
         answerer: the model.
         settings: what is asked of the model.
         plan: which questions, how worded, in which views.
-        folder: receives samples.jsonl, results.json and report.md.
+        folder: receives samples.jsonl, results.json, report.md and gallery.png.
         about: further lines of the manifest (model path, device, ...).
         messages: where progress goes.
 
@@ -101,6 +102,8 @@ def evaluate(
     }
     _write(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _write(folder / "report.md", markdown_report(results))
+    rows = [store.rows[index, IMAGE] for index in plan.indices]
+    draw_gallery(task, rows, task.breakdowns[0], folder / "gallery.png")
     return results
 
 

@@ -27,7 +27,7 @@ HORIZON = 0.30
 CAMERA_HEIGHT = 0.86
 NEAREST, FARTHEST = 1.0, 2.2
 OBJECT_RADIUS = 0.245  # world units; 11 px of 64 at depth 1, 5 px at depth 2.2
-DISTANCE_RANGE = (0.3, 3.0)  # world units covered by the distance bins
+DISTANCE_RANGE = (0.3, 2.4)  # world units covered by the distance bins
 PLACEMENT_TRIES = 16
 MOST_COUNTED = 6
 
@@ -59,7 +59,7 @@ class Difficulty:
     spacing: float = 0.8
     noise: float = 0.02
     depth_ratio: float = 1.25
-    distance_ratio: float = 1.4
+    distance_ratio: float = 1.6
     relation_cells: float = 1.0
 
     def __post_init__(self) -> None:

@@ -26,4 +26,4 @@ BOX_RGB = ((0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.8, 0.0))
 
 NUM_CELLS = 8  # positions are told in an 8 x 8 grid, x to the right and y down
 NUM_DEPTH_BINS = 8  # z0 nearest ... z7 farthest, equal ratios
-NUM_DISTANCE_BINS = 8  # d0 closest ... d7 farthest apart, equal ratios
+NUM_DISTANCE_BINS = 10  # d0 closest ... d9 farthest apart, equal ratios

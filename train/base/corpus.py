@@ -45,14 +45,13 @@ class Document:
         return f"{self.task} told" if self.cells else self.task
 
 
-def documents(seed: int, num_scenes: int, empty: int | None) -> Iterator[Document]:
-    """Yield the documents of `num_scenes` random scenes, all of one kind.
+def documents(seed: int, num_scenes: int, most_empty: int) -> Iterator[Document]:
+    """Yield the documents of `num_scenes` random scenes: every question in both kinds.
 
     Args:
         seed: decides the scenes.
         num_scenes: how many.
-        empty: empty cells told of every scene, at most; None tells no scenes, so that replies are
-            learnt from their observations on.
+        most_empty: empty cells told of a scene, at most; 64 allows the whole grid.
     """
     rng = np.random.default_rng([seed, 0])
     flat = replace(DIFFICULTY, solid_share=0.0)
@@ -60,17 +59,14 @@ def documents(seed: int, num_scenes: int, empty: int | None) -> Iterator[Documen
     for number, difficulty in ((num_scenes - share, DIFFICULTY), (share, flat)):
         for example in training_examples(number, None, seed, difficulty):
             scenes, row = example.scenes, example.row
-            if empty is None:
-                for question in example.questions:
-                    given, learnt = split_reply(question)
-                    yield Document(question.task, question.prompt, given, learnt, [])
-                continue
-            cells = tell_cells(scenes, row, empty, rng)
+            cells = tell_cells(scenes, row, int(rng.integers(most_empty + 1)), rng)
             yield Document("Caption", ask.CAPTION_PROMPT, "", ask.caption(scenes, row), cells)
             referring = ask.referring(scenes, row, rng, REFERRED)
             if referring is not None:
                 yield Document("Referring", referring[0], "", referring[1], cells)
             for question in example.questions:
+                given, learnt = split_reply(question)
+                yield Document(question.task, question.prompt, given, learnt, [])
                 yield Document(question.task, question.prompt, "", question.reply, cells)
 
 

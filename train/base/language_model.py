@@ -24,9 +24,9 @@ from vlm.chat_templates import load as load_chat_template
 
 HELD_OUT = 1_000_000_000  # batches from here on are for measuring
 TOKENIZER_SCENES = 1500
-# What a batch holds, with equal chance: no scenes, or scenes with so many empty cells at most (64:
-# the whole grid, as a picture shows it). One form a batch, so that little of it is padding.
-FORMS = (None, 0, 8, 64)
+# Empty cells told of a scene, at most, drawn for a whole batch, so that little of it is padding; 64
+# allows the whole grid, as a picture shows it.
+MOST_EMPTY = (8, 8, 8, 64)
 IGNORE = -100
 
 
@@ -60,15 +60,13 @@ class TextBatches(Dataset):
         settings = self.settings
         rng = np.random.default_rng([settings.seed, index])
         seed = int(rng.integers(1 << 62))
-        empty = FORMS[rng.integers(len(FORMS))]
-        # Documents without a scene are short; twice as many cost the same.
-        size = settings.batch_size * (2 if empty is None else 1)
+        most_empty = MOST_EMPTY[rng.integers(len(MOST_EMPTY))]
         kept = [
             document
-            for document in documents(seed, size, empty)
+            for document in documents(seed, settings.batch_size, most_empty)
             if rng.random() < settings.shares[document.kind]
         ]
-        order = rng.permutation(len(kept))[:size]
+        order = rng.permutation(len(kept))[: settings.batch_size]
         return [kept[i] for i in order]
 
     def encode(self, document: Document) -> tuple[list[list[int]], list[int]]:

@@ -11,7 +11,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from data_recipes.scenes.questions import LETTERS
-from data_recipes.scenes.vocabulary import BOX_NAMES, COLOR_NAMES, NUM_CELLS, PLURALS, SHAPES
+from data_recipes.scenes.vocabulary import (
+    BOX_NAMES,
+    COLOR_NAMES,
+    NUM_CELLS,
+    NUM_DEPTH_BINS,
+    NUM_DISTANCE_BINS,
+    PLURALS,
+    SHAPES,
+)
 
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 RELATIONS = ("left", "right", "above", "below")
@@ -20,7 +28,8 @@ VOCABULARY = 768
 
 def answer_words() -> list[str]:
     """Return the words that must stay tokens of their own, longest first."""
-    bins = [f"{axis}{i}" for axis in "xyzd" for i in range(NUM_CELLS)]
+    axes = {"x": NUM_CELLS, "y": NUM_CELLS, "z": NUM_DEPTH_BINS, "d": NUM_DISTANCE_BINS}
+    bins = [f"{axis}{i}" for axis, num in axes.items() for i in range(num)]
     numbers = [str(i) for i in range(10)]
     words = {*SHAPES, *PLURALS.values(), *COLOR_NAMES, *BOX_NAMES[1:], *RELATIONS, *bins, *numbers}
     return sorted(words, key=lambda word: (-len(word), word))

@@ -75,7 +75,7 @@ def test_depth_bins_are_ordered_and_cover_the_range():
     assert z.min() >= NEAREST and z.max() <= FARTHEST
 
 
-@pytest.mark.parametrize(("distance", "expected"), [(0.01, 0), (0.3, 0), (2.99, 7), (50.0, 7)])
+@pytest.mark.parametrize(("distance", "expected"), [(0.01, 0), (0.3, 0), (2.39, 9), (50.0, 9)])
 def test_distance_bins_hold_every_distance(distance, expected):
     assert distance_bin(np.array(distance)) == expected
 
