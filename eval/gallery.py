@@ -4,6 +4,7 @@ The first answers of each task are drawn, as they come: nothing is picked by how
 """
 
 import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from eval.samples import Row
 from eval.task import Task
 
 PER_TASK = 4
+LINE, MOST_LINES = 52, 6  # of text beside a picture
 RIGHT, WRONG = "#1a7f37", "#b3261e"
 
 
@@ -36,15 +38,18 @@ def draw_gallery(task: Task, rows: Sequence[Row], breakdown: str, path: Path) ->
         if row["view"] == IMAGE and len(groups[row["groups"][breakdown]]) < PER_TASK:
             groups[row["groups"][breakdown]].append(row)
     figure, axes = plt.subplots(
-        len(groups), PER_TASK, figsize=(4.1 * PER_TASK, 4.0 * len(groups)), squeeze=False
+        len(groups), PER_TASK, figsize=(4.1 * PER_TASK, 4.2 * len(groups)), squeeze=False
     )
     for line, name in zip(axes, sorted(groups), strict=True):
         for place in line:
             place.axis("off")
         for place, row in zip(line, groups[name], strict=False):
             _draw_answer(place, name, task.images(row["index"])[0], row)
-    figure.tight_layout()
-    figure.savefig(path, dpi=70)
+    with warnings.catch_warnings():
+        # A reply may hold letters that the figure's font lacks; they become boxes.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.tight_layout()
+        figure.savefig(path, dpi=70)
     plt.close(figure)
 
 
@@ -58,12 +63,19 @@ def _draw_answer(axes: Any, title: str, picture: Any, row: Row) -> None:
         f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(row["choices"])
     )
     axes.set_title(
-        "\n".join([title, *textwrap.wrap(question, 52), options]), fontsize=8.5, loc="left"
-    )
+        "\n".join([title, *_lines(question), *_lines(options)]), fontsize=8.5, loc="left",
+        parse_math=False,
+    )  # fmt: skip
     reply = row.get("reply") or f"({letter})"
     verdict = "right" if right else f"wrong, it is ({row['answer']})"
-    text = "\n".join([*textwrap.wrap(reply, 52), verdict])
+    text = "\n".join([*_lines(reply), verdict])
     axes.text(
         0, -0.03, text, transform=axes.transAxes, va="top", fontsize=8.5,
-        color=RIGHT if right else WRONG,
+        color=RIGHT if right else WRONG, parse_math=False,
     )  # fmt: skip
+
+
+def _lines(text: str) -> list[str]:
+    """Return at most `MOST_LINES` lines of printable text."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return textwrap.wrap(printable, LINE, max_lines=MOST_LINES, placeholder=" ...")

@@ -90,7 +90,8 @@ def plan(out: Path, seed: int, rehearse: bool) -> list[Step]:
     build = ["data", "build", "scenes", "--out", str(data), "--workers", "2"]
     base = ["base", "encoder", "--out", str(encoder), *seed_words, *small["encoder"]]
     text = ["base", "language-model", "--out", str(language_model), *seed_words]
-    score = ["eval", str(out / "vlm/instruct"), "--tasks", "cv_bench", *small["score"]]
+    score = ["eval", str(out / "vlm/instruct"), "--tasks", "cv_bench"]
+    score += ["--max-new-tokens", "64", *small["score"]]
     return [
         Step(
             "scenes: render training pictures and the held-out benchmark",
