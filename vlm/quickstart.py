@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RECIPE = "train/recipes/quickstart.yaml"
+RECIPE = Path("train/recipes/quickstart.yaml")
 STEPS_FILE = "steps.json"
 REPORT_FILE = "report.json"
 TASKS = ("Relation", "Count", "Depth", "Distance")
@@ -103,7 +103,7 @@ def plan(out: Path, seed: int, rehearse: bool) -> list[Step]:
         ),
         Step(
             "stage 1 align (connector on captions), stage 2 instruct (connector, language model)",
-            [["train", RECIPE, *overrides, *small["stages"]]],
+            [["train", str(_recipe()), *overrides, *small["stages"]]],
         ),
         Step(
             "score: held-out scenes, with and without the picture",
@@ -200,6 +200,11 @@ def summary(out: Path, report: dict[str, Any]) -> str:
         f"--out {out / 'eval'}",
     ]
     return "\n".join(lines)
+
+
+def _recipe() -> Path:
+    """Return the recipe's path, as a reader in the repository would type it."""
+    return RECIPE if RECIPE.exists() else Path(__file__).parents[1] / RECIPE
 
 
 def _results(folder: Path) -> dict[str, Any]:

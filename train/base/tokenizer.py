@@ -29,6 +29,7 @@ VOCABULARY = 768
 def answer_words() -> list[str]:
     """Return the words that must stay tokens of their own, longest first."""
     axes = {"x": NUM_CELLS, "y": NUM_CELLS, "z": NUM_DEPTH_BINS, "d": NUM_DISTANCE_BINS}
+    axes |= {f"d{axis}": axes[axis] for axis in "xyz"}
     bins = [f"{axis}{i}" for axis, num in axes.items() for i in range(num)]
     numbers = [str(i) for i in range(10)]
     words = {*SHAPES, *PLURALS.values(), *COLOR_NAMES, *BOX_NAMES[1:], *RELATIONS, *bins, *numbers}
