@@ -8,12 +8,14 @@ What is done is found and kept; a killed run goes on where it stopped.
 """
 
 import argparse
+import fcntl
 import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ RECIPE = Path("train/recipes/quickstart.yaml")
 STEPS_FILE = "steps.json"
 REPORT_FILE = "report.json"
 TASKS = ("Relation", "Count", "Depth", "Distance")
+INTERRUPTED = 130  # exit code of a command that Ctrl-C stopped
 SAMPLE_SECONDS = 0.25  # between two looks at the memory of the running commands
 
 # What --rehearse changes: sizes only, no step is left out.
@@ -50,25 +53,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all steps that are not done yet, write report.json, print the scores."""
+    """Run all steps that are not done yet, write report.json, print the scores.
+
+    Raises:
+        UserError: the folder cannot be used, or a command failed.
+        KeyboardInterrupt: the user stopped it; what is done is kept.
+    """
+    from vlm.done import make_folder, read_done, write_note  # heavy, like all of `run`
+
     out: Path = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    done = _read_steps(out / STEPS_FILE, {"seed": args.seed, "rehearsal": args.rehearse})
+    make_folder(out)
+    settings = {"seed": args.seed, "rehearsal": args.rehearse}
+    note = out / STEPS_FILE
+    done = read_done(note, settings, "a quickstart") or {"settings": settings, "steps": {}}
     steps = plan(out, args.seed, args.rehearse)
-    for number, step in enumerate(steps, start=1):
-        if step.title in done["steps"]:
-            print(f"[{number}/{len(steps)}] {step.title}: done before", flush=True)
-            continue
-        print(f"[{number}/{len(steps)}] {step.title}", flush=True)
-        for words in step.commands:
-            print(f"    vlm {shlex.join(words)}", flush=True)
-        seconds, memory_mb = _run_side_by_side(step.commands)
-        done["steps"][step.title] = {"seconds": round(seconds, 1), "peak_memory_mb": memory_mb}
-        _write(out / STEPS_FILE, done)
+    with _only_one(out) as lock:
+        for number, step in enumerate(steps, start=1):
+            entry = done["steps"].setdefault(step.title, {"done": False, "starts": 0})
+            if entry["done"]:
+                print(f"[{number}/{len(steps)}] {step.title}: done before", flush=True)
+                continue
+            print(f"[{number}/{len(steps)}] {step.title}", flush=True)
+            for words in step.commands:
+                print(f"    vlm {shlex.join(words)}", flush=True)
+            entry["starts"] += 1
+            write_note(note, done)
+            seconds, memory_mb = _run_side_by_side(step.commands, lock)
+            entry |= {"done": True, "seconds": round(seconds, 1), "peak_memory_mb": memory_mb}
+            write_note(note, done)
     report = make_report(out, done["steps"])
-    _write(out / REPORT_FILE, report)
+    write_note(out / REPORT_FILE, report)
     print(summary(out, report))
     return 0
+
+
+@contextmanager
+def _only_one(out: Path) -> Iterator[int]:
+    """Hold the folder's lock, which the commands inherit, and yield its descriptor.
+
+    A quickstart that is killed may leave commands at work; they hold the lock until they end, so a
+    second one never writes beside them.
+
+    Raises:
+        UserError: the lock is taken.
+    """
+    from vlm.errors import UserError
+
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"a quickstart, or a command it started, is still at work in {out}; "
+                "wait for it, stop it, or choose another --out"
+            ) from error
+        yield file.fileno()
 
 
 def plan(out: Path, seed: int, rehearse: bool) -> list[Step]:
@@ -116,16 +155,20 @@ def plan(out: Path, seed: int, rehearse: bool) -> list[Step]:
     ]
 
 
-def _run_side_by_side(commands: Sequence[Sequence[str]]) -> tuple[float, int]:
+def _run_side_by_side(commands: Sequence[Sequence[str]], lock: int) -> tuple[float, int]:
     """Run the commands at once; return wall seconds and the peak of their memory together, in MB.
 
     Raises:
         UserError: a command failed; its own sentence stands above.
         KeyboardInterrupt: the user stopped it; the commands have saved what they had.
     """
+    from vlm.errors import UserError
+
     started, peak = time.perf_counter(), 0
     children = [
-        subprocess.Popen([sys.executable, "-m", "vlm", *words], stdin=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, "-m", "vlm", *words], stdin=subprocess.DEVNULL, pass_fds=[lock]
+        )
         for words in commands
     ]
     try:
@@ -134,22 +177,21 @@ def _run_side_by_side(commands: Sequence[Sequence[str]]) -> tuple[float, int]:
                 break
             peak = max(peak, sum(_tree_memory(child.pid) for child in children))
             time.sleep(SAMPLE_SECONDS)
+        failed = [i for i, child in enumerate(children) if child.poll()]
     finally:
-        # After Ctrl-C the children got the signal too; they finish their step and save.
+        # After Ctrl-C they got the signal too. Terminated ones finish their step and save.
         for child in children:
-            if child.poll() is None and any(other.poll() for other in children):
+            if child.poll() is None:
                 child.terminate()
-        codes = [child.wait() for child in children]
-    for words, code in zip(commands, codes, strict=True):
-        if code == 130:
+        for child in children:
+            child.wait()
+    for i in failed:  # not those that were only stopped because of them
+        if children[i].returncode == INTERRUPTED:
             raise KeyboardInterrupt
-        if code:
-            from vlm.errors import UserError  # not above: beside the children it is 200 MB of torch
-
-            raise UserError(
-                f"`vlm {' '.join(words[:2])} ...` ended with exit code {code}; what was done is "
-                "kept, and the same command goes on from there"
-            )
+        raise UserError(
+            f"`vlm {' '.join(commands[i][:2])} ...` ended with exit code "
+            f"{children[i].returncode}; what was done is kept, and the same command goes on"
+        )
     return time.perf_counter() - started, round(peak / 1e6)
 
 
@@ -165,7 +207,7 @@ def _tree_memory(pid: int) -> int:
         return 0
 
 
-def make_report(out: Path, steps: dict[str, dict[str, float]]) -> dict[str, Any]:
+def make_report(out: Path, steps: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return what the run took and scored."""
     scores = _results(out / "eval")
     control = _results(out / "control")
@@ -175,6 +217,8 @@ def make_report(out: Path, steps: dict[str, dict[str, float]]) -> dict[str, Any]
         "peak_memory_mb": max(step["peak_memory_mb"] for step in steps.values()),
         "tasks": {task: {key: scores["tasks"][task][key] for key in wanted} for task in TASKS},
         "control": {key: control["tasks"]["Depth"][key] for key in wanted},
+        # A step that was killed and started again counts the seconds of its last start alone.
+        "resumed": any(step["starts"] > 1 for step in steps.values()),
         "steps": steps,
     }
 
@@ -209,29 +253,3 @@ def _recipe() -> Path:
 
 def _results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-
-
-def _read_steps(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return which steps are done.
-
-    Raises:
-        UserError: the folder holds a quickstart of another seed, or a rehearsal.
-    """
-    if not path.exists():
-        return {"settings": settings, "steps": {}}
-    done = json.loads(path.read_text(encoding="utf-8"))
-    if done["settings"] != settings:
-        from vlm.errors import UserError
-
-        raise UserError(
-            f"{path.parent} holds a quickstart with {done['settings']}, not {settings}; "
-            "choose another --out or remove the folder"
-        )
-    return done
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file at once, so that a kill leaves the old or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

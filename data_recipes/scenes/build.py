@@ -27,10 +27,10 @@ from data_recipes.scenes import questions as ask
 from data_recipes.scenes.layout import Difficulty
 from data_recipes.scenes.sets import Example, benchmark_examples, training_examples
 from data_recipes.scenes.vocabulary import BOX_NAMES
+from vlm.done import make_folder, read_done, write_note
 from vlm.errors import UserError
 
 SHARD = 500  # training scenes per shard
-REFERRED = 6  # objects described in one record, at most
 # Streams of one seed that must never meet.
 TRAIN_STREAM, TEST_STREAM, CONTROL_STREAM = 1, 2, 3
 
@@ -78,7 +78,7 @@ class BuildSettings:
     difficulty: Difficulty = field(default_factory=Difficulty)
 
     def __post_init__(self) -> None:
-        least = {"train": 1, "test_per_task": 1, "control": 1, "size": 8}
+        least = {"train": 1, "test_per_task": 1, "control": 1, "size": 8, "seed": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"scenes: {name} must be {low} or more, not {getattr(self, name)}")
@@ -87,21 +87,16 @@ class BuildSettings:
 
 
 def build(out: Path, settings: BuildSettings, workers: int = 1) -> dict:
-    """Write all files below `out` and return the manifest; finished work is found and kept.
+    """Write all files below `out` and return the manifest; a finished folder is kept as it is.
 
     Raises:
         UserError: `out` holds scenes of other settings.
     """
-    wanted = json.loads(json.dumps(asdict(settings)))
-    manifest_path = out / "manifest.json"
-    if manifest_path.exists():
-        manifest = json.loads(manifest_path.read_text())
-        if manifest["settings"] != wanted:
-            raise UserError(
-                f"{out} holds scenes of other settings (see {manifest_path}); "
-                "choose another --out or remove the folder"
-            )
+    note = out / "manifest.json"
+    manifest = read_done(note, asdict(settings), "scenes")
+    if manifest is not None:
         return manifest
+    make_folder(out)
     (out / "train" / "images").mkdir(parents=True, exist_ok=True)
     counts: dict[str, Any] = {**_write_training(out / "train", settings, workers)}
     tests = {task: (settings.test_per_task, TEST_STREAM) for task in ask.TASKS}
@@ -111,10 +106,8 @@ def build(out: Path, settings: BuildSettings, workers: int = 1) -> dict:
     )
     control = {"Depth": (settings.control, CONTROL_STREAM)}
     counts["control"] = _write_benchmark(out / "control.parquet", control, hovering)
-    manifest = {"settings": wanted, "counts": counts}
-    temporary = manifest_path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(manifest, indent=2))
-    temporary.replace(manifest_path)
+    manifest = {"settings": asdict(settings), "counts": counts}
+    write_note(note, manifest)
     return manifest
 
 
@@ -144,7 +137,7 @@ def _train_shard(job: tuple[Path, BuildSettings, int, int]) -> tuple[list[str], 
     rng = np.random.default_rng([settings.seed, TRAIN_STREAM, start, 1])
     seed = _stream_seed(settings.seed, TRAIN_STREAM, start)
     captions, dialogues, asked = [], [], 0
-    examples = training_examples(num, settings.size, seed, settings.difficulty)
+    examples = training_examples(num, settings.size, seed, closer_calls(settings.difficulty))
     for number, example in enumerate(examples, start):
         name = f"images/{number:06d}.png"
         (folder / name).write_bytes(_png(example))
@@ -155,13 +148,22 @@ def _train_shard(job: tuple[Path, BuildSettings, int, int]) -> tuple[list[str], 
     return captions, dialogues, asked
 
 
+def closer_calls(difficulty: Difficulty) -> Difficulty:
+    """Return the difficulty of training: half the benchmark's margins, so more can be asked."""
+    return replace(
+        difficulty,
+        depth_ratio=(1 + difficulty.depth_ratio) / 2,
+        distance_ratio=(1 + difficulty.distance_ratio) / 2,
+    )
+
+
 def _captions(number: int, image: str, example: Example, rng: np.random.Generator) -> list[str]:
     """Return one record that describes the whole picture, and one that describes named objects."""
     identity, scenes, row = f"scene-{number:06d}", example.scenes, example.row
     lines = [
         _conversation(f"{identity}-all", image, [(ask.CAPTION_PROMPT, ask.caption(scenes, row))])
     ]
-    referring = ask.referring(scenes, row, rng, REFERRED)
+    referring = ask.referring(scenes, row, rng)
     if referring is not None:
         lines.append(_conversation(f"{identity}-named", image, [referring]))
     return lines

@@ -45,10 +45,9 @@ def run_build(args: argparse.Namespace) -> int:
         direct_share=args.direct_share,
         difficulty=difficulty,
     )
-    try:
-        manifest = build(args.out, settings, args.workers)
-    except OSError as error:
-        raise UserError(f"cannot write scenes to {args.out}: {error.strerror or error}") from error
+    if args.workers < 1:
+        raise UserError(f"--workers must be 1 or more, not {args.workers}")
+    manifest = build(args.out, settings, args.workers)
     counts = manifest["counts"]
     print(
         f"{args.out}: {counts['train']} training scenes, {counts['train_questions']} questions, "

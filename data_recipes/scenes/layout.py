@@ -30,6 +30,19 @@ OBJECT_RADIUS = 0.245  # world units; 11 px of 64 at depth 1, 5 px at depth 2.2
 DISTANCE_RANGE = (0.3, 2.4)  # world units covered by the distance bins
 PLACEMENT_TRIES = 16
 MOST_COUNTED = 6
+# Floating objects have their centres between these heights, whatever their depth: where one hovers
+# must say nothing about how far away it is.
+HOVER_RANGE = (OBJECT_RADIUS * FOCAL / NEAREST, 0.5)
+KNOB_RANGES = {
+    "solid_share": (0, 1),
+    "floating_share": (0, 1),
+    "size_jitter": (0, 0.3),
+    "spacing": (0, 1.5),
+    "noise": (0, 0.5),
+    "depth_ratio": (1, 2),
+    "distance_ratio": (1, 2),
+    "relation_cells": (0, 4),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +53,8 @@ class Difficulty:
         min_objects: fewest objects asked for in a scene.
         max_objects: K, most objects in a scene.
         solid_share: share of scenes with depth.
-        floating_share: share of solid objects that hover above the ground. At 1.0 the height in the
-            picture says nothing about depth.
+        floating_share: share of solid objects that hover above the ground. At 1.0 the height of
+            the centres says nothing about depth.
         size_jitter: relative spread of object sizes; blurs size as a cue for depth.
         spacing: least centre distance of two objects, in units of the sum of their radii. Below 1
             objects may hide parts of each other.
@@ -59,7 +72,7 @@ class Difficulty:
     spacing: float = 0.8
     noise: float = 0.02
     depth_ratio: float = 1.25
-    distance_ratio: float = 1.6
+    distance_ratio: float = 2.0
     relation_cells: float = 1.0
 
     def __post_init__(self) -> None:
@@ -74,12 +87,10 @@ class Difficulty:
                 f"scenes: max_objects must be {MOST_COUNTED} or more, the largest number that "
                 f"counting asks for, not {self.max_objects}"
             )
-        for name in ("solid_share", "floating_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"scenes: {name} must be from 0 to 1, not {getattr(self, name)}")
-        for name in ("depth_ratio", "distance_ratio"):
-            if not 1 <= getattr(self, name) <= 2:
-                raise UserError(f"scenes: {name} must be from 1 to 2, not {getattr(self, name)}")
+        for name, (low, high) in KNOB_RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # false for nan, too
+                raise UserError(f"scenes: {name} must be from {low} to {high}, not {value}")
 
 
 @dataclass
@@ -230,7 +241,7 @@ def _place(
         try_x = rng.uniform(r, 1 - r, (num, PLACEMENT_TRIES))
         free_y = rng.uniform(r, 1 - r, (num, PLACEMENT_TRIES))
         ground_y = ground_height(z[:, k, None]) - r
-        hover_y = rng.uniform(r, np.maximum(ground_y, r + 1e-6), (num, PLACEMENT_TRIES))
+        hover_y = rng.uniform(*HOVER_RANGE, (num, PLACEMENT_TRIES))
         solid_y = np.where(floating[:, k, None], hover_y, ground_y)
         try_y = np.where(solid[:, None], solid_y, free_y)
         dx = try_x[:, :, None] - x[:, None, :k]

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_recipes.scenes.layout import MOST_COUNTED, Difficulty, SceneBatch, distance_bin
-from data_recipes.scenes.vocabulary import BOX_NAMES, COLOR_NAMES, PLURALS, SHAPES
+from data_recipes.scenes.vocabulary import BOX_NAMES, COLOR_NAMES, NUM_CELLS, PLURALS, SHAPES
 
+REFERRED = 6  # objects in one request to describe, at most
 TASKS = ("Relation", "Count", "Depth", "Distance")
 LETTERS = "ABCDEF"
 SELECT = "Select from the following choices."
@@ -168,7 +169,7 @@ def comparable(scenes: SceneBatch, row: int, difficulty: Difficulty) -> dict[str
     red, blue = slots[1], slots[2]
     cells = {"left/right": (scenes.cell_x, scenes.x), "above/below": (scenes.cell_y, scenes.y)}
     for name, (cell, value) in cells.items():
-        gap = abs(value[row, red] - value[row, blue]) * 8
+        gap = abs(value[row, red] - value[row, blue]) * NUM_CELLS
         out[name] = bool(gap >= difficulty.relation_cells and cell[row, red] != cell[row, blue])
     if scenes.solid[row]:
         out["Depth"] = _ratio(scenes.z[row, red], scenes.z[row, blue]) >= difficulty.depth_ratio
@@ -186,10 +187,8 @@ def caption(scenes: SceneBatch, row: int) -> str:
     return "see " + (" , ".join(describe(scenes, row, k) for k in slots) or "nothing")
 
 
-def referring(
-    scenes: SceneBatch, row: int, rng: np.random.Generator, most: int
-) -> tuple[str, str] | None:
-    """Return a request to describe up to `most` objects by a word that only they have, and a reply.
+def referring(scenes: SceneBatch, row: int, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Return a request to describe some objects by a word that only they have, and a reply.
 
     None if no word names a single object.
     """
@@ -201,7 +200,7 @@ def referring(
     named = {word: slots[0] for word, slots in words.items() if word and len(slots) == 1}
     if not named:
         return None
-    chosen = [sorted(named)[i] for i in rng.permutation(len(named))[:most]]
+    chosen = [sorted(named)[i] for i in rng.permutation(len(named))[:REFERRED]]
     told = " , ".join(f"{word} {describe(scenes, row, named[word])}" for word in chosen)
     return f"Describe {' , '.join(chosen)} in the image.", f"see {told}"
 

@@ -15,8 +15,10 @@ from data_recipes.scenes.layout import Difficulty, SceneBatch, sample_scenes
 from data_recipes.scenes.questions import COUNT_WINDOWS, Question
 from data_recipes.scenes.render import render
 from data_recipes.scenes.vocabulary import COLOR_NAMES, FLAT_SHAPES, SHAPES
+from vlm.errors import UserError
 
 BATCH = 256
+MOST_FRUITLESS = 40  # batches without a new benchmark scene before we give up
 BOX_COUNTS = ((0, 0.1), (2, 0.2), (3, 0.7))  # boxes in a training scene, and how often
 
 
@@ -46,6 +48,12 @@ def assign_boxes(scenes: SceneBatch, counts: np.ndarray, rng: np.random.Generato
             scenes.box[row, chosen] = np.arange(1, len(chosen) + 1)
 
 
+def assign_random_boxes(scenes: SceneBatch, rng: np.random.Generator) -> None:
+    """Put as many boxes into each scene as training scenes have, see `BOX_COUNTS`."""
+    values, shares = zip(*BOX_COUNTS, strict=True)
+    assign_boxes(scenes, rng.choice(values, len(scenes), p=shares), rng)
+
+
 def training_examples(
     num: int, size: int | None, seed: int, difficulty: Difficulty
 ) -> Iterator[Example]:
@@ -54,10 +62,9 @@ def training_examples(
     `size` is the side of the pictures in pixels; None renders none (text alone).
     """
     rng = np.random.default_rng(seed)
-    values, shares = zip(*BOX_COUNTS, strict=True)
     for start in range(0, num, BATCH):
         scenes = sample_scenes(rng, min(BATCH, num - start), difficulty)
-        assign_boxes(scenes, rng.choice(values, len(scenes), p=shares), rng)
+        assign_random_boxes(scenes, rng)
         pictures = None
         if size is not None:
             pictures = render(scenes, size, rng, difficulty.noise)[0]
@@ -112,7 +119,13 @@ def benchmark_examples(
     boxes = {"Relation": 2, "Depth": 2, "Distance": 3, "Count": 0}[task]
     if task in ("Depth", "Distance"):
         difficulty = replace(difficulty, solid_share=1.0)
+    fruitless = 0
     while open_strata:
+        if fruitless == MOST_FRUITLESS:
+            raise UserError(
+                f"scenes: {BATCH * fruitless} scenes in a row fit no open case of {task}, such as "
+                f"{next(iter(open_strata))}; make the difficulty knobs less strict"
+            )
         scenes = sample_scenes(rng, BATCH, difficulty)
         assign_boxes(scenes, np.full(len(scenes), boxes), rng)
         taken: list[tuple[int, Question]] = []
@@ -124,6 +137,7 @@ def benchmark_examples(
                 open_strata[stratum] -= 1
                 if open_strata[stratum] == 0:
                     del open_strata[stratum]
+        fruitless = 0 if taken else fruitless + 1
         chosen = scenes.select(np.array([row for row, _ in taken], dtype=int))
         pictures = render(chosen, size, rng, difficulty.noise)[0]
         for i, (_, question) in enumerate(taken):

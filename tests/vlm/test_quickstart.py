@@ -23,7 +23,7 @@ def fake(monkeypatch, tmp_path):
     """Replace the commands by a record of them; scoring writes results as `vlm eval` does."""
     ran = []
 
-    def run(commands):
+    def run(commands, lock):
         ran.append([words[0] for words in commands])
         for words in commands:
             if words[0] == "eval":
@@ -75,7 +75,38 @@ def test_a_failing_command_is_told_and_the_step_is_not_done(tmp_path, monkeypatc
     monkeypatch.setattr(quickstart, "plan", lambda *_: [step])
     with pytest.raises(UserError, match="exit code 2"):
         quickstart.run(arguments(tmp_path))
-    assert not (tmp_path / "steps.json").exists()
+    (entry,) = json.loads((tmp_path / "steps.json").read_text())["steps"].values()
+    assert not entry["done"] and entry["starts"] == 1
+
+
+def test_the_command_that_failed_is_named_not_the_one_stopped_for_it(tmp_path, monkeypatch):
+    slow = ["data", "build", "scenes", "--out", str(tmp_path / "data"), "--train", "100000"]
+    step = quickstart.Step("broken", [slow, ["train", str(tmp_path / "none.yaml")]])
+    monkeypatch.setattr(quickstart, "plan", lambda *_: [step])
+    with pytest.raises(UserError, match="vlm train"):
+        quickstart.run(arguments(tmp_path))
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path, fake):
+    with (
+        quickstart._only_one(tmp_path),
+        pytest.raises(UserError, match="still at work"),
+    ):
+        quickstart.run(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", "[1]"])
+def test_a_foreign_file_in_the_way_is_told(tmp_path, fake, content):
+    (tmp_path / "steps.json").write_text(content)
+    with pytest.raises(UserError, match="was not written for a quickstart"):
+        quickstart.run(arguments(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_told(fake):
+    from pathlib import Path
+
+    with pytest.raises(UserError, match="cannot be made"):
+        quickstart.run(arguments(Path("/proc/x")))
 
 
 @pytest.mark.slow

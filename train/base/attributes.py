@@ -19,6 +19,7 @@ from data_recipes.scenes.vocabulary import (
     SHAPES,
 )
 from vlm.encoders.base import VisionEncoder
+from vlm.errors import UserError
 
 # attribute -> number of classes; "object" is yes or no, one logit
 CLASSES = {
@@ -54,7 +55,11 @@ class AttributeModel(nn.Module):
 
     def __init__(self, encoder: VisionEncoder) -> None:
         super().__init__()
-        assert encoder.grids[0] == (NUM_CELLS, NUM_CELLS), encoder.grids
+        if encoder.grids[0] != (NUM_CELLS, NUM_CELLS):
+            raise UserError(
+                f"the base encoder must see a grid of {NUM_CELLS} x {NUM_CELLS}, not "
+                f"{encoder.grids[0]}; change encoder.layer or encoder.image_size"
+            )
         self.encoder = encoder
         width = encoder.dims[0]
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(CLASSES.values())))

@@ -25,7 +25,7 @@ from data_recipes.scenes.vocabulary import NUM_CELLS
 
 # Closer calls than the benchmark's, so that the comparison itself is learnt.
 DIFFICULTY = Difficulty(solid_share=1.0, depth_ratio=1.15, distance_ratio=1.2)
-REFERRED = 6  # objects described in one document, at most
+KINDS = (*ask.TASKS, *(f"{task} told" for task in (*ask.TASKS, "Caption", "Referring")))
 FLAT_EVERY = 5  # one scene in so many is flat, for its shapes' names
 
 
@@ -61,7 +61,7 @@ def documents(seed: int, num_scenes: int, most_empty: int) -> Iterator[Document]
             scenes, row = example.scenes, example.row
             cells = tell_cells(scenes, row, int(rng.integers(most_empty + 1)), rng)
             yield Document("Caption", ask.CAPTION_PROMPT, "", ask.caption(scenes, row), cells)
-            referring = ask.referring(scenes, row, rng, REFERRED)
+            referring = ask.referring(scenes, row, rng)
             if referring is not None:
                 yield Document("Referring", referring[0], "", referring[1], cells)
             for question in example.questions:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_recipes.scenes.layout import Difficulty, SceneBatch, sample_scenes
+from data_recipes.scenes.layout import Difficulty, sample_scenes
 from data_recipes.scenes.render import render
-from data_recipes.scenes.sets import BOX_COUNTS, assign_boxes
+from data_recipes.scenes.sets import assign_random_boxes
 from train.base.attributes import AttributeModel, measure, targets
-from train.base.settings import BaseSettings, done_before, finish, fit
+from train.base.settings import HELD_OUT, BaseSettings, done_before, finish, fit
 from vlm.encoders import build_vision_encoder
 from vlm.encoders.base import VisionEncoder
 
-HELD_OUT = 1_000_000_000  # batches from here on are for measuring
 NUM_HELD_OUT = 1000  # scenes
 
 
@@ -56,16 +55,11 @@ class SceneBatches(Dataset):
         rng = np.random.default_rng([self.settings.seed, index])
         difficulty = Difficulty()
         scenes = sample_scenes(rng, num, difficulty)
-        _assign_random_boxes(scenes, rng)
+        assign_random_boxes(scenes, rng)
         pictures = torch.from_numpy(render(scenes, self.size, rng, difficulty.noise)[0])
         pixels = (pictures.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         labels = {name: torch.from_numpy(value) for name, value in targets(scenes).items()}
         return {"pixel_values": pixels, **labels}
-
-
-def _assign_random_boxes(scenes: SceneBatch, rng: np.random.Generator) -> None:
-    counts, shares = zip(*BOX_COUNTS, strict=True)
-    assign_boxes(scenes, rng.choice(counts, len(scenes), p=shares), rng)
 
 
 def train_encoder(settings: EncoderSettings, out: Path) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from train.base.corpus import Document, documents
-from train.base.settings import BaseSettings, done_before, finish, fit
+from train.base.corpus import KINDS, Document, documents
+from train.base.settings import HELD_OUT, BaseSettings, done_before, finish, fit
 from train.base.tokenizer import END, START, train_tokenizer
 from vlm.chat_templates import load as load_chat_template
+from vlm.errors import UserError
 
-HELD_OUT = 1_000_000_000  # batches from here on are for measuring
 TOKENIZER_SCENES = 1500
 # Empty cells told of a scene, at most, drawn for a whole batch, so that little of it is padding; 64
 # allows the whole grid, as a picture shows it.
@@ -40,6 +40,17 @@ class LanguageModelSettings(BaseSettings):
 
     llama: dict[str, Any] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are missing, misspelt or no shares."""
+        super().__post_init__()
+        if wrong := sorted(set(self.shares) ^ set(KINDS)):
+            raise UserError(
+                f"shares must name {', '.join(KINDS)}, once each; missing or unknown: {wrong[0]!r}"
+            )
+        for kind, share in self.shares.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"shares: {kind} must be from 0 to 1, not {share}")
 
 
 class TextBatches(Dataset):

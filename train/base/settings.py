@@ -1,6 +1,5 @@
 """What do both base recipes share? Settings read from YAML, and one way to run and resume."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +12,11 @@ from torch.utils.data import Dataset
 from connectors.config import config_from_mapping
 from train.overrides import apply_overrides, parse_overrides
 from train.yaml_values import read_file
+from vlm.done import make_folder, read_done, write_note
 from vlm.errors import UserError
 
 REPORT = "report.json"
+HELD_OUT = 1_000_000_000  # batches from here on are for measuring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,15 @@ class BaseSettings:
     seed: int = 0
     num_threads: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be trained with."""
+        least = {"steps": 1, "batch_size": 1, "save_steps": 1, "num_threads": 1, "seed": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name} must be {low} or more, not {getattr(self, name)}")
+        if not 0 < self.learning_rate < 1:
+            raise UserError(f"learning_rate must be between 0 and 1, not {self.learning_rate}")
+
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -60,26 +70,15 @@ def load_settings(cls: type[S], path: Path, overrides: Sequence[str]) -> S:
 
 
 def done_before(out: Path, settings: BaseSettings) -> dict[str, Any] | None:
-    """Return the report of a finished run of the same settings, None if there is none.
+    """Return the report of a finished run of the same settings; None, and the folder, if none.
 
     Raises:
         UserError: the folder holds a model of other settings.
     """
-    path = out / REPORT
-    if not path.exists():
-        return None
-    report = json.loads(path.read_text(encoding="utf-8"))
-    if report["settings"] != as_json(settings):
-        raise UserError(
-            f"{out} holds a base model of other settings (see {path}); "
-            "choose another --out or remove the folder"
-        )
+    report = read_done(out / REPORT, asdict(settings), "a base model")
+    if report is None:
+        make_folder(out)
     return report
-
-
-def as_json(settings: BaseSettings) -> dict[str, Any]:
-    """Return the settings as JSON keeps them."""
-    return json.loads(json.dumps(asdict(settings)))
 
 
 def fit(model: nn.Module, data: Dataset, settings: BaseSettings, out: Path, title: str) -> float:
@@ -141,8 +140,6 @@ def first(batches: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def finish(out: Path, settings: BaseSettings, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Write the report, last of all files: it marks the folder as done."""
-    from train.checkpoints import write_flushed
-
-    report = {"settings": as_json(settings), **figures}
-    write_flushed(out / REPORT, json.dumps(report, indent=2) + "\n")
+    report = {"settings": asdict(settings), **figures}
+    write_note(out / REPORT, report)
     return report

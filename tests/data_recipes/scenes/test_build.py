@@ -1,6 +1,7 @@
 """Are the built files what the rest of the suite, and CV-Bench's users, expect to read?"""
 
 import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +11,8 @@ from data_recipes.index import RecordIndex
 from data_recipes.records import to_messages
 from data_recipes.scenes.build import BuildSettings, build
 from data_recipes.scenes.cli import add_build_arguments, run_build
+from data_recipes.scenes.layout import Difficulty
+from data_recipes.scenes.sets import benchmark_examples
 from vlm.errors import UserError
 from vlm.images import load_image
 
@@ -108,11 +111,23 @@ def test_command_builds_what_its_options_say(tmp_path, capsys):
     assert settings["difficulty"]["solid_share"] == 1.0
     for line in (out / "train" / "questions.jsonl").read_text().splitlines():
         turns = json.loads(line)["conversations"]
-        assert all(turn["value"] in "(A)(B)(C)(D)(E)(F)" for turn in turns[1::2])
+        assert turns
+        assert all(re.fullmatch(r"\([A-F]\)", turn["value"]) for turn in turns[1::2])
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--train", "-1"), ("--size", "4"), ("--max-objects", "2")]
+    ("option", "value"),
+    [
+        ("--train", "-1"),
+        ("--size", "4"),
+        ("--max-objects", "2"),
+        ("--seed", "-1"),
+        ("--workers", "0"),
+        ("--noise", "nan"),
+        ("--size-jitter", "5"),
+        ("--relation-cells", "9"),
+        ("--spacing", "6"),
+    ],
 )
 def test_senseless_options_are_refused(tmp_path, option, value):
     import argparse
@@ -121,3 +136,9 @@ def test_senseless_options_are_refused(tmp_path, option, value):
     add_build_arguments(parser)
     with pytest.raises(UserError, match=option.strip("-").replace("-", "_")):
         run_build(parser.parse_args([option, value, "--out", str(tmp_path / "a")]))
+
+
+def test_knobs_that_leave_a_case_without_scenes_end_with_a_sentence(tmp_path):
+    crowded = Difficulty(min_objects=7, spacing=1.5, floating_share=0.0, solid_share=1.0)
+    with pytest.raises(UserError, match="fit no open case"):
+        list(benchmark_examples("Count", 43, 16, 0, crowded))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_recipes.scenes.questions import TASKS, Question
-from train.base.corpus import Document, documents, split_reply
+from data_recipes.scenes.questions import Question
+from train.base.corpus import KINDS, Document, documents, split_reply
 from train.base.language_model import (
     IGNORE,
     BagLlama,
@@ -20,7 +20,6 @@ from train.base.language_model import (
 from train.base.tokenizer import END, answer_words, train_tokenizer
 from vlm.errors import UserError
 
-KINDS = [*TASKS, *(f"{task} told" for task in TASKS), "Caption told", "Referring told"]
 SETTINGS = LanguageModelSettings(
     steps=2,
     batch_size=4,

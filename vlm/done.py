@@ -1,0 +1,64 @@
+"""Is a folder's work finished, and with these settings? A JSON note, written last, says so."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import UserError
+
+
+def read_done(path: Path, settings: Mapping[str, Any], what: str) -> dict[str, Any] | None:
+    """Return the note of finished work, None if there is none.
+
+    Args:
+        path: the note.
+        settings: what the work was asked to be; the note holds them under "settings".
+        what: names the work in an error, such as "scenes".
+
+    Raises:
+        UserError: the note is not ours, or speaks of other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        found = note["settings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} was not written for {what}; choose another --out, or remove the file"
+        ) from error
+    wanted = json.loads(json.dumps(settings))
+    if found != wanted:
+        raise UserError(
+            f"{path.parent} holds {what} of other settings (see {path}); "
+            "choose another --out or remove the folder"
+        )
+    return note
+
+
+def write_note(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a JSON file at once and wait for the disk: a kill leaves the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the output folder {path} cannot be made ({error.strerror}); choose another --out"
+        ) from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"the output folder {path} cannot be written; choose another --out")
