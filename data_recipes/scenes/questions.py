@@ -88,7 +88,7 @@ def depth(scenes: SceneBatch, row: int, answer: int) -> Question:
     """Ask which of the objects in the red and the blue box is closer to the camera."""
     slots = (_boxed(scenes, row, 1), _boxed(scenes, row, 2))
     names = _names(scenes, row, slots)
-    near = int(scenes.z[row, slots[1]] < scenes.z[row, slots[0]])
+    near = nearer_box(scenes, row)
     bins = [scenes.depth_bin[row, slot] for slot in slots]
     text = (
         f"Which object is closer to the camera taking this photo, the {names[0]} (highlighted by a "
@@ -105,8 +105,7 @@ def distance(scenes: SceneBatch, row: int, answer: int) -> Question:
     """Ask which of the objects in the blue and the green box is closer to the red box's."""
     slots = tuple(_boxed(scenes, row, box) for box in (1, 2, 3))
     names = _names(scenes, row, slots)
-    rows = np.array([row, row])
-    gaps = scenes.distance(rows, np.array([slots[0], slots[0]]), np.array(slots[1:]))
+    gaps = gaps_from_red(scenes, row)
     bins = distance_bin(gaps)
     near = int(gaps[1] < gaps[0])
     text = (
@@ -124,6 +123,17 @@ def distance(scenes: SceneBatch, row: int, answer: int) -> Question:
     name, other = names[1 + near], names[2 - near]
     reasoning = " , ".join([*seen, f"so {BOX_NAMES[2 + near]} {told[near]}"])
     return Question("Distance", text, _order(name, other, answer), answer, reasoning)
+
+
+def nearer_box(scenes: SceneBatch, row: int) -> int:
+    """Return 0 if the object in the red box is nearer to the camera, 1 if the blue box's is."""
+    return int(scenes.z[row, _boxed(scenes, row, 2)] < scenes.z[row, _boxed(scenes, row, 1)])
+
+
+def gaps_from_red(scenes: SceneBatch, row: int) -> np.ndarray:
+    """Return the world distances of the blue and the green box's object from the red box's."""
+    red, blue, green = (_boxed(scenes, row, box) for box in (1, 2, 3))
+    return scenes.distance(np.array([row, row]), np.array([red, red]), np.array([blue, green]))
 
 
 def count(
@@ -174,9 +184,7 @@ def comparable(scenes: SceneBatch, row: int, difficulty: Difficulty) -> dict[str
     if scenes.solid[row]:
         out["Depth"] = _ratio(scenes.z[row, red], scenes.z[row, blue]) >= difficulty.depth_ratio
     if scenes.solid[row] and 3 in slots:
-        rows = np.array([row, row])
-        gaps = scenes.distance(rows, np.array([red, red]), np.array([blue, slots[3]]))
-        out["Distance"] = _ratio(*gaps) >= difficulty.distance_ratio
+        out["Distance"] = _ratio(*gaps_from_red(scenes, row)) >= difficulty.distance_ratio
     return out
 
 

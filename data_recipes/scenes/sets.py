@@ -179,9 +179,10 @@ def _truths(task: str, scenes: SceneBatch, row: int, difficulty: Difficulty) -> 
         return {_relation_truth(scenes, row, kind == "above/below") for kind in kinds}
     if not clear[task]:
         return set()
-    question = ask.depth(scenes, row, 0) if task == "Depth" else ask.distance(scenes, row, 0)
-    named_first = {"Depth": "red", "Distance": "blue"}[task]
-    return {"first" if f"so {named_first} " in question.reasoning else "second"}
+    if task == "Depth":
+        return {("first", "second")[ask.nearer_box(scenes, row)]}
+    gaps = ask.gaps_from_red(scenes, row)
+    return {"first" if gaps[0] <= gaps[1] else "second"}
 
 
 def _relation_truth(scenes: SceneBatch, row: int, vertical: bool) -> str:
