@@ -50,9 +50,12 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from vlm.chat_session import ChatSession, Sampling
+    from vlm.errors import UserError
     from vlm.images import load_image
     from vlm.loading import check_checkpoint, load_model
 
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt is empty; write a question")
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
     )

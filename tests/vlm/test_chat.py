@@ -236,3 +236,8 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys) -> None:
     assert main(["chat", str(tmp_path), "--prompt", "Hi"]) == 2
     error = capsys.readouterr().err
     assert "no checkpoint" in error and len(error.splitlines()) == 1
+
+
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(model_folder, capsys):
+    assert main(["chat", str(model_folder), "--prompt", "  "]) == 2
+    assert "--prompt is empty" in capsys.readouterr().err
