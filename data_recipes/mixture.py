@@ -36,7 +36,8 @@ class Source:
         repeat: times per epoch, where there are no weights.
         cap: keep at most so many records, or "10%" of them.
         take: which ones `cap` keeps.
-        image_position: "first" applies LLaVA's rule to placeholders (see records.py).
+        image_position: "first" applies LLaVA's rule to placeholders; "none" leaves the pictures
+            out (see records.py).
     """
 
     name: str

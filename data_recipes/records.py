@@ -12,7 +12,8 @@ Rules, all strict, because each was a silent loss somewhere (LLaVA, LLaVA-NeXT, 
 
 A placeholder stays where the author wrote it. LLaVA moves it to the front of its turn
 (`preprocess_multimodal` in LLaVA's train.py; LLaVA-NeXT only if the turn has exactly one); a source
-that says `image_position: first` gets the LLaVA-NeXT form of that rule, and nobody else does.
+that says `image_position: first` gets the LLaVA-NeXT form of that rule, and nobody else does. With
+`image_position: none` the pictures are left out and the text stays: the data of a blind baseline.
 """
 
 import json
@@ -30,7 +31,7 @@ ROLES: dict[str, str] = {
     "assistant": "assistant",
     "system": "system",
 }
-ImagePosition = Literal["as_written", "first"]
+ImagePosition = Literal["as_written", "first", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ def to_messages(raw: Any, where: object, image_position: ImagePosition = "as_wri
     Args:
         raw: the decoded JSON value.
         where: names the file and line in errors; only turned into text when one is raised.
-        image_position: "first" moves a turn's only placeholder to its front, as LLaVA does.
+        image_position: "first" moves a turn's only placeholder to its front, as LLaVA does; "none"
+            drops placeholders and pictures.
 
     Raises:
         UserError: the record breaks one of the rules above; the sentence names place and id.
@@ -81,11 +83,12 @@ def to_messages(raw: Any, where: object, image_position: ImagePosition = "as_wri
     images = _images(raw.get("image"), name)
     turns = _turns(raw, name)
     _check_placeholders(turns, len(images), name)
-    messages = [
-        {"role": role, "content": split_placeholders(_place(text, image_position))}
-        for role, text in turns
-    ]
-    return Record(id=name.record_id(), images=images, messages=messages)
+    placed = [(role, _place(text, image_position)) for role, text in turns]
+    if not all(text for _, text in placed):
+        raise UserError(f"{name}: a turn holds nothing but a picture, which this source leaves out")
+    messages = [{"role": role, "content": split_placeholders(text)} for role, text in placed]
+    kept = () if image_position == "none" else images
+    return Record(id=name.record_id(), images=kept, messages=messages)
 
 
 def split_placeholders(text: str) -> list[dict[str, str]]:
@@ -165,6 +168,8 @@ def _check_placeholders(turns: list[tuple[str, str]], num_images: int, name: _Na
 
 def _place(text: str, image_position: ImagePosition) -> str:
     """Apply the source's `image_position` to one turn (LLaVA's rule where it is "first")."""
+    if image_position == "none" and IMAGE_PLACEHOLDER in text:
+        return text.replace(IMAGE_PLACEHOLDER, "").strip()
     if image_position == "as_written" or text.count(IMAGE_PLACEHOLDER) != 1:
         return text
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()

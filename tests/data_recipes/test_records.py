@@ -51,11 +51,20 @@ def test_text_only():
         ("as_written", "What?\n<image>", [{"type": "text", "text": "What?\n"}, IMAGE]),
         ("first", "What?\n<image>", [IMAGE, NEWLINE_TEXT]),
         ("first", "<image>\nWhat?", [IMAGE, NEWLINE_TEXT]),
+        ("none", "<image>\nWhat?", [{"type": "text", "text": "What?"}]),
     ],
 )
 def test_image_position(position, text, entries):
     raw = record(("human", text), ("gpt", "A cat."), image="a.jpg")
     assert to_messages(raw, "f:1", position).messages[0]["content"] == entries
+
+
+def test_without_pictures_nothing_is_loaded():
+    raw = record(("human", "<image>\nWhat?"), ("gpt", "A cat."), image="a.jpg")
+    assert to_messages(raw, "f:1", "none").images == ()
+    raw = record(("human", "<image>"), ("gpt", "A cat."), image="a.jpg")
+    with pytest.raises(UserError, match="nothing but a picture"):
+        to_messages(raw, "f:1", "none")
 
 
 def test_split_keeps_every_character():
