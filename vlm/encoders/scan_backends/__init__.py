@@ -1,0 +1,1 @@
+"""Which programs compute the selective scan? One module each; `selective_scan.py` chooses."""

@@ -1,0 +1,48 @@
+"""What is a selective scan, step by step? The plain loop that the other backends are held against.
+
+Shapes: B batch, L sequence, D channels, G groups, N states.
+Source: Mamba (arXiv 2312.00752), Algorithm 2; `selective_scan_ref` of state-spaces/mamba
+(mamba_ssm/ops/selective_scan_interface.py). Autograd keeps every state:
+for tests, not for training.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlm.encoders.scan_backends.problem import ScanProblem
+
+
+def scan(p: ScanProblem) -> tuple[Tensor, Tensor]:
+    """Return y (B, L, D) and the last state (B, D, N); any floating type, any device."""
+    batch, length, channels = p.u.shape
+    bias = 0 if p.delta_bias is None else p.delta_bias
+    step = F.softplus(p.delta + bias) if p.softplus else p.delta + bias
+    B, C = (_per_channel(x, p) for x in (p.B, p.C))
+    u, step, B, C = (_in_scan_order(x, p.reverse) for x in (p.u, step, B, C))
+
+    state = p.u.new_zeros(batch, channels, p.A.shape[1])
+    outputs = []
+    for t in range(length):
+        decay = torch.exp(step[:, t, :, None] * p.A)
+        state = decay * state + (step[:, t] * u[:, t])[..., None] * B[:, t]
+        outputs.append((C[:, t] * state).sum(-1))
+    y = _in_scan_order(torch.stack(outputs, dim=1), p.reverse)
+    if p.D is not None:
+        y = y + p.D * p.u
+    return (y if p.z is None else y * F.silu(p.z)), state
+
+
+def _per_channel(x: Tensor, p: ScanProblem) -> Tensor:
+    """(B, L, G, N) or (D, N) -> (B, L, D, N)."""
+    if x.ndim == 2:
+        return x.expand(*p.u.shape[:2], -1, -1)
+    return x.repeat_interleave(p.u.shape[2] // x.shape[2], dim=2)
+
+
+def _in_scan_order(x: Tensor, reverse: tuple[bool, ...]) -> Tensor:
+    """Flip (B, L, D, ...) along the sequence in the groups that are reversed; its own inverse."""
+    parts = x.chunk(len(reverse), dim=2)
+    return torch.cat(
+        [part.flip(1) if flip else part for part, flip in zip(parts, reverse, strict=True)], dim=2
+    )

@@ -1,0 +1,188 @@
+"""What does a selective state-space layer compute along its sequence, and which program does it?
+
+Shapes: B batch, L sequence, D channels, G groups of D / G neighbouring channels, N states.
+"""
+
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from vlm.encoders.scan_backends import chunked, reference
+from vlm.encoders.scan_backends.problem import Backend, ScanProblem
+from vlm.errors import UserError
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan channels-first tensors, as `selective_scan_fn` of state-spaces/mamba does.
+
+    Args:
+        u, delta, z: (B, D, L).
+        A: (D, N), real.
+        B, C: (D, N), (B, N, L) or (B, G, N, L); group g is channels g D / G to (g + 1) D / G.
+        D, delta_bias: (D).
+        delta_softplus: whether softplus is applied to delta + delta_bias.
+        return_last_state: whether the state after the last step is returned as well.
+        backend: "auto" or a name in BACKENDS.
+
+    Returns:
+        y (B, D, L) in u's type; with `return_last_state` also the state (B, D, N) in float32, or in
+        float64 where an input is.
+
+    Raises:
+        UserError: shapes that do not fit, complex numbers, a backend that is missing here.
+    """
+    u, delta = u.transpose(-1, -2), delta.transpose(-1, -2)
+    z = None if z is None else z.transpose(-1, -2)
+    B, C = (_sequence_first(x) for x in (B, C))
+    y, state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, (False,), backend)
+    y = y.transpose(1, 2)
+    return (y, state) if return_last_state else y
+
+
+def selective_scan_channels_last(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    reverse: bool | tuple[bool, ...] = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan channels-last tensors, each group of channels in its own direction: the fast form.
+
+    Several directions over one sequence are one call: put the directions' channels side by side, as
+    groups. For Vim: u, delta (B, L, 2 E), A (2 E, N), D, delta_bias (2 E), B, C (B, L, 2, N) and
+    `reverse=(False, True)`; y's halves are then added, and as both would be gated by the same z,
+    the sum is gated after the call. For VMamba: four groups, two of them reversed.
+
+    Args:
+        u, delta, z: (B, L, D).
+        A: (D, N), real.
+        B, C: (B, L, G, N), or (D, N), constant in time.
+        D, delta_bias: (D).
+        delta_softplus: whether softplus is applied to delta + delta_bias.
+        return_last_state: whether the state after the last step is returned as well.
+        reverse: whether to scan from the end to the start: once for all channels, or one for each
+            of as many equal parts of the channels. Inputs and y stay in the sequence's order.
+        backend: "auto" or a name in BACKENDS.
+
+    Returns:
+        y (B, L, D) in u's type; with `return_last_state` also the state (B, D, N) after the step
+        that the scan takes last, in float32, or in float64 where an input is.
+
+    Raises:
+        UserError: shapes that do not fit, complex numbers, a backend that is missing here.
+    """
+    directions = (reverse,) if isinstance(reverse, bool) else tuple(reverse)
+    y, state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, backend)
+    return (y, state) if return_last_state else y
+
+
+def _sequence_first(x: Tensor) -> Tensor:
+    """(B, N, L) or (B, G, N, L) -> (B, L, G, N); (D, N) as it is."""
+    x = x.unsqueeze(1) if x.ndim == 3 else x
+    return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+    reverse: tuple[bool, ...],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Check, bring to one floating type and one number of groups, choose a backend, run it."""
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias, reverse)
+    tensors = [x for x in (u, delta, A, B, C, D, z, delta_bias) if x is not None]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    groups = lcm(len(reverse), *(x.shape[2] for x in (B, C) if x.ndim == 4))
+
+    def prepared(x: Tensor) -> Tensor:
+        x = x.to(dtype)
+        return x.repeat_interleave(groups // x.shape[2], dim=2) if x.ndim == 4 else x
+
+    if u.is_meta:  # a model is measured without being computed
+        return torch.empty_like(u), A.new_empty(u.shape[0], *A.shape, dtype=dtype)
+    with torch.autocast(u.device.type, enabled=False):
+        problem = ScanProblem(
+            *(prepared(x) for x in (u, delta, A, B, C)),
+            *(None if x is None else prepared(x) for x in (D, z, delta_bias)),
+            softplus=softplus,
+            reverse=tuple(r for r in reverse for _ in range(groups // len(reverse))),
+        )
+        y, state = choose_backend(backend)(problem)
+    return y.to(u.dtype), state
+
+
+def choose_backend(name: str) -> Backend:
+    """Return the program for `backend=name`."""
+    backends = {"reference": reference.scan, "chunked": chunked.scan, "auto": chunked.scan}
+    if name not in backends:
+        raise UserError(f"selective scan: backend must be one of {list(backends)}, not {name!r}")
+    return backends[name]
+
+
+def _check_shapes(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    reverse: tuple[bool, ...],
+) -> None:
+    """Raise UserError unless the shapes, channels last, are those of one scan."""
+    if u.ndim != 3 or A.ndim != 2 or 0 in u.shape:
+        raise UserError(
+            "selective scan: u must have three axes, batch, channels and sequence, none of them "
+            f"empty, and A two, channels and states; got {tuple(u.shape)} and {tuple(A.shape)}"
+        )
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    expected = {"delta": (delta, u.shape), "z": (z, u.shape), "A": (A, (channels, states))}
+    expected |= {"D": (D, (channels,)), "delta_bias": (delta_bias, (channels,))}
+    for name, x in (("B", B), ("C", C)):
+        groups = x.shape[2] if x.ndim == 4 else 1
+        grouped = (batch, length, groups, states)
+        expected[name] = (x, grouped if x.ndim == 4 else (channels, states))
+        if channels % groups:
+            raise UserError(f"selective scan: {channels} channels are no {groups} equal groups")
+    for name, (x, shape) in expected.items():
+        if x is not None and tuple(x.shape) != tuple(shape):
+            raise UserError(
+                f"selective scan: with u (channels last) {tuple(u.shape)} and A {tuple(A.shape)}, "
+                f"{name} must be {tuple(shape)}, not {tuple(x.shape)}"
+            )
+        if x is not None and x.is_complex():
+            raise UserError(f"selective scan: {name} is complex; only real numbers are supported")
+    if not reverse or channels % len(reverse):
+        raise UserError(
+            f"selective scan: reverse has {len(reverse)} directions for {channels} channels; "
+            "give one, or one for each of several equal groups of channels"
+        )
