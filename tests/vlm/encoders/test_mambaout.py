@@ -50,7 +50,8 @@ def test_stages_and_the_pictures_gradient(name, golden):
     stages = encoder.extract(image)  # not `forward`, which wants squares: these are 64 x 96
     for i, stage in enumerate(stages):
         torch.testing.assert_close(stage, golden[f"out.stage{i}"], rtol=0, atol=2e-5)
-    sum((stage * golden[f"cot.stage{i}"]).sum() for i, stage in enumerate(stages)).backward()
+    total = torch.stack([(s * golden[f"cot.stage{i}"]).sum() for i, s in enumerate(stages)]).sum()
+    total.backward()
     torch.testing.assert_close(image.grad, golden["grad.image"], rtol=1e-4, atol=1e-4)
 
 
