@@ -6,8 +6,8 @@ must be seen first, then what follows from it:
 
     Relation  "see red x2 , blue x6 , so left (A)"
     Depth     "see red z1 ball , blue z5 cone , so red z1 ball (B)"
-    Distance  "see red x2 red y3 red z1 , blue x6 blue y3 blue z2 , green x3 green y6 green z1 ,
-               blue dx4 dy0 dz1 d5 cone , green dx1 dy3 dz0 d3 cube , so green d3 cube (A)"
+    Distance  "see red x2 red y3 red z1 , blue x6 dx4 blue y3 dy0 blue z2 dz1 d5 cone ,
+               green x3 dx1 green y6 dy3 green z1 dz0 d3 cube , so green d3 cube (A)"
     Count     "see ball y2 x1 , ball y3 x5 , so 2 (C)"
 
 What is looked up always follows the word it is looked up by ("red x2 red y3", not "red x2 y3"), and
@@ -113,13 +113,11 @@ def distance(scenes: SceneBatch, row: int, answer: int) -> Question:
         f"to the {names[0]} (highlighted by a red box), the {names[1]} (highlighted by a blue box) "
         f"or the {names[2]} (highlighted by a green box)?"
     )
-    seen = []
-    for box, slot in zip(BOX_NAMES[1:], slots, strict=True):
-        x, y = scenes.cell_x[row, slot], scenes.cell_y[row, slot]
-        seen.append(f"{box} x{x} {box} y{y} {box} z{scenes.depth_bin[row, slot]}")
     told = [f"d{bins[0]} {names[1]}", f"d{bins[1]} {names[2]}"]
-    steps = [_differences(scenes, row, slots[0], slot) for slot in slots[1:]]
-    seen += [f"{BOX_NAMES[2 + i]} {steps[i]} {told[i]}" for i in (0, 1)]
+    seen = [_place(scenes, row, "red", slots[0], None)]
+    for i in (0, 1):
+        place = _place(scenes, row, BOX_NAMES[2 + i], slots[1 + i], slots[0])
+        seen.append(f"{place} {told[i]}")
     name, other = names[1 + near], names[2 - near]
     reasoning = " , ".join([*seen, f"so {BOX_NAMES[2 + near]} {told[near]}"])
     return Question("Distance", text, _order(name, other, answer), answer, reasoning)
@@ -223,10 +221,15 @@ def describe(scenes: SceneBatch, row: int, slot: int) -> str:
     return " ".join([*words, f"{BOX_NAMES[box]} box"] if box else words)
 
 
-def _differences(scenes: SceneBatch, row: int, first: int, second: int) -> str:
-    """Tell how far two objects are apart along each axis, in cells and depth bins."""
-    bins = {"x": scenes.cell_x, "y": scenes.cell_y, "z": scenes.depth_bin}
-    return " ".join(f"d{a}{abs(int(b[row, first]) - int(b[row, second]))}" for a, b in bins.items())
+def _place(scenes: SceneBatch, row: int, box: str, slot: int, seen_from: int | None) -> str:
+    """Tell where a boxed object is, and how far from another one along each axis."""
+    words = []
+    for axis, bins in zip("xyz", (scenes.cell_x, scenes.cell_y, scenes.depth_bin), strict=True):
+        here = int(bins[row, slot])
+        words.append(f"{box} {axis}{here}")
+        if seen_from is not None:
+            words.append(f"d{axis}{abs(here - int(bins[row, seen_from]))}")
+    return " ".join(words)
 
 
 def _boxed(scenes: SceneBatch, row: int, box: int) -> int:

@@ -20,29 +20,40 @@ import numpy as np
 
 from data_recipes.scenes import questions as ask
 from data_recipes.scenes.layout import Difficulty, SceneBatch
-from data_recipes.scenes.sets import training_examples
+from data_recipes.scenes.sets import assign_boxes, training_examples
 from data_recipes.scenes.vocabulary import NUM_CELLS
 
 # Closer calls than the benchmark's, so that the comparison itself is learnt.
 DIFFICULTY = Difficulty(solid_share=1.0, depth_ratio=1.15, distance_ratio=1.2)
 KINDS = (*ask.TASKS, *(f"{task} told" for task in (*ask.TASKS, "Caption", "Referring")))
 FLAT_EVERY = 5  # one scene in so many is flat, for its shapes' names
+# Distances are rare among a scene's questions and take the most learning (two numbers' difference,
+# axis by axis), so boxes are drawn anew this often in each solid scene to ask for more of them.
+MORE_DISTANCES = 2
+SEEN_IN_DISTANCE = re.compile(r"^see[^,]*,| (?:blue|green) [xyz]\d")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One turn; `given` is the part of the reply that is not learnt, `cells` the scene's bags."""
+    """One turn: a prompt and the pieces of its reply, each with whether it is learnt.
+
+    `cells` are the bags of words that tell a scene.
+    """
 
     task: str
     prompt: str
-    given: str
-    learnt: str
+    reply: tuple[tuple[str, bool], ...]
     cells: list[list[str]]
 
     @property
     def kind(self) -> str:
         """The task, followed by "told" where a scene is told and the whole reply is learnt."""
         return f"{self.task} told" if self.cells else self.task
+
+    @property
+    def text(self) -> str:
+        """The whole reply."""
+        return "".join(piece for piece, _ in self.reply)
 
 
 def documents(seed: int, num_scenes: int, most_empty: int) -> Iterator[Document]:
@@ -60,14 +71,36 @@ def documents(seed: int, num_scenes: int, most_empty: int) -> Iterator[Document]
         for example in training_examples(number, None, seed, difficulty):
             scenes, row = example.scenes, example.row
             cells = tell_cells(scenes, row, int(rng.integers(most_empty + 1)), rng)
-            yield Document("Caption", ask.CAPTION_PROMPT, "", ask.caption(scenes, row), cells)
+            yield _told("Caption", ask.CAPTION_PROMPT, ask.caption(scenes, row), cells)
             referring = ask.referring(scenes, row, rng)
             if referring is not None:
-                yield Document("Referring", referring[0], "", referring[1], cells)
+                yield _told("Referring", *referring, cells)
             for question in example.questions:
-                given, learnt = split_reply(question)
-                yield Document(question.task, question.prompt, given, learnt, [])
-                yield Document(question.task, question.prompt, "", question.reply, cells)
+                yield from _both_kinds(question, cells)
+            if scenes.solid[row]:
+                for boxed, question in _more_distances(scenes, row, rng):
+                    empty = int(rng.integers(most_empty + 1))
+                    yield from _both_kinds(question, tell_cells(boxed, 0, empty, rng))
+
+
+def _told(task: str, prompt: str, reply: str, cells: list[list[str]]) -> Document:
+    return Document(task, prompt, ((reply, True),), cells)
+
+
+def _both_kinds(question: ask.Question, cells: list[list[str]]) -> Iterator[Document]:
+    yield Document(question.task, question.prompt, split_reply(question), [])
+    yield _told(question.task, question.prompt, question.reply, cells)
+
+
+def _more_distances(
+    scenes: SceneBatch, row: int, rng: np.random.Generator
+) -> Iterator[tuple[SceneBatch, ask.Question]]:
+    """Yield the scene with other boxes and the question about their distances, where clear."""
+    for _ in range(MORE_DISTANCES):
+        boxed = scenes.select(np.array([row]))
+        assign_boxes(boxed, np.array([3]), rng)
+        if ask.comparable(boxed, 0, DIFFICULTY)["Distance"]:
+            yield boxed, ask.distance(boxed, 0, int(rng.integers(2)))
 
 
 def tell_cells(
@@ -86,15 +119,18 @@ def tell_cells(
     return [objects[place] for place in sorted(objects)]
 
 
-def split_reply(question: ask.Question) -> tuple[str, str]:
-    """Cut a reply where seeing ends and reasoning begins.
+def split_reply(question: ask.Question) -> tuple[tuple[str, bool], ...]:
+    """Cut a reply into pieces that are seen (False) and pieces that follow from them (True).
 
-    Distances follow from positions, so they are learnt too; otherwise reasoning begins at "so".
+    Distances follow from positions, so they are learnt; otherwise reasoning begins at "so".
     """
     reply = question.reply
-    if question.task == "Distance":
-        second_blue = list(re.finditer(r" , blue", reply))[1]
-        cut = second_blue.start() + len(" ,")
-    else:
+    if question.task != "Distance":
         cut = reply.index(" , so") + len(" ,")
-    return reply[:cut], reply[cut:]
+        return ((reply[:cut], False), (reply[cut:], True))
+    pieces, at = [], 0
+    for match in SEEN_IN_DISTANCE.finditer(reply):
+        pieces += [(reply[at : match.start()], True), (match[0], False)]
+        at = match.end()
+    pieces.append((reply[at:], True))
+    return tuple(piece for piece in pieces if piece[0])

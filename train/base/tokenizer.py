@@ -6,6 +6,7 @@ they can be looked up and copied.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,8 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    rare = (f" {word}" for word in answer_words())  # the texts may lack some
+    tokenizer.train_from_iterator(chain(texts, rare), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -16,6 +16,7 @@ from train.base.language_model import (
     pad,
     start_by_matching,
     train_language_model,
+    write,
 )
 from train.base.tokenizer import END, answer_words, train_tokenizer
 from vlm.errors import UserError
@@ -32,7 +33,7 @@ SETTINGS = LanguageModelSettings(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(f"{d.prompt}{d.given}{d.learnt}" for d in documents(0, 500, 0))
+    return train_tokenizer(f"{d.prompt}{d.text}" for d in documents(0, 500, 0))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def trained(tmp_path_factory):
 
 
 def test_words_that_carry_the_answer_are_tokens_of_their_own(tokenizer):
-    texts = " ".join(f"{d.prompt} {d.learnt}" for d in documents(0, 300, 0))
+    texts = " ".join(f"{d.prompt} {d.text}" for d in documents(0, 300, 0))
     for word in set(answer_words()) & set(re.findall(r"\w+", texts)):
         assert len(tokenizer(f" {word} ,", add_special_tokens=False)["input_ids"]) == 2, word
 
@@ -58,19 +59,34 @@ def test_a_question_of_cv_bench_is_cut_into_few_tokens(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("task", "reasoning", "given"),
+    ("task", "reasoning", "seen"),
     [
-        ("Relation", "red x2 , blue x6 , so left", "see red x2 , blue x6 ,"),
+        ("Relation", "red x2 , blue x6 , so left", ["see red x2 , blue x6 ,"]),
         (
             "Distance",
-            "red x1 , blue x2 , green x3 , blue d5 cone , green d2 cube , so green d2 cube",
-            "see red x1 , blue x2 , green x3 ,",
+            "red x1 red y2 , blue x2 dx1 blue y4 dy2 d5 cone , green x3 dx2 green y2 dy0 d2 cube , "
+            "so green d2 cube",
+            ["see red x1 red y2 ,", " blue x2", " blue y4", " green x3", " green y2"],
         ),
     ],
 )
-def test_replies_are_cut_where_seeing_ends(task, reasoning, given):
+def test_what_is_seen_is_not_learnt_where_no_scene_is_told(task, reasoning, seen):
     question = Question(task, "", ("a", "b"), 0, reasoning)
-    assert split_reply(question) == (given, question.reply[len(given) :])
+    pieces = split_reply(question)
+    assert [text for text, learnt in pieces if not learnt] == seen
+    assert "".join(text for text, _ in pieces) == question.reply
+
+
+def test_differences_follow_from_the_positions_before_them():
+    found = [d for d in documents(3, 40, 8) if d.kind == "Distance told"]
+    assert found
+    for document in found:
+        axes = dict(re.findall(r"red ([xyz])(\d)", document.text))
+        steps = re.findall(r"(?:blue|green) ([xyz])(\d) d([xyz])(\d)", document.text)
+        assert len(steps) == 6
+        for axis, place, same, step in steps:
+            assert axis == same
+            assert abs(int(place) - int(axes[axis])) == int(step)
 
 
 def test_documents_come_in_both_kinds_and_told_scenes_hold_the_answer():
@@ -78,7 +94,7 @@ def test_documents_come_in_both_kinds_and_told_scenes_hold_the_answer():
     assert {d.kind for d in found} == set(KINDS)
     for document in found:
         if document.kind == "Relation told":
-            seen = document.learnt.split()  # see red x2 , blue x6 , so left (A)
+            seen = document.text.split()  # see red x2 , blue x6 , so left (A)
             for box, place in ((seen[1], seen[2]), (seen[4], seen[5])):
                 (cell,) = [cell for cell in document.cells if box in cell]
                 assert place in cell
@@ -86,7 +102,8 @@ def test_documents_come_in_both_kinds_and_told_scenes_hold_the_answer():
 
 def test_only_what_is_learnt_has_labels(tokenizer):
     data = TextBatches(tokenizer, SETTINGS)
-    document = Document("Count", "How many?", "see ball y2 x1 ,", " so 1 (A)", [["ball", "x1"]])
+    pieces = (("see ball y2 x1 ,", False), (" so 1 (A)", True))
+    document = Document("Count", "How many?", pieces, [["ball", "x1"]])
     bags, labels = data.encode(document)
     learnt = [bag[0] for bag, label in zip(bags, labels, strict=True) if label != IGNORE]
     assert tokenizer.decode(learnt) == f" so 1 (A){END}"
@@ -98,8 +115,9 @@ def test_batches_depend_on_seed_and_index_alone(tokenizer):
     data = TextBatches(tokenizer, SETTINGS)
     again = TextBatches(tokenizer, SETTINGS)
     data[0]
-    assert torch.equal(data[1]["bags"], again[1]["bags"])
-    assert not torch.equal(data[0]["labels"], data[1]["labels"])
+    for first, second in zip(data[1]["groups"], again[1]["groups"], strict=True):
+        assert torch.equal(first["bags"], second["bags"])
+    assert data.documents(0) != data.documents(1)
 
 
 def test_bags_of_one_are_plain_text(tokenizer, trained):
@@ -115,8 +133,30 @@ def test_padding_does_not_change_the_loss(trained):
     row = ([[5], [6, 7], [8], [9]], [IGNORE, IGNORE, 8, 9])
     longer = ([[4]] * 9, [IGNORE] * 9)
     with torch.no_grad():
-        alone, together = (model(**pad(rows))["loss"] for rows in ([row], [row, longer]))
+        alone, together = (model([pad(rows)])["loss"] for rows in ([row], [row, longer]))
     assert torch.allclose(alone, together, atol=1e-6)
+
+
+def test_groups_do_not_change_the_loss(trained):
+    model = BagLlama.from_pretrained(trained[0]).eval()
+    rows = [([[5], [6, 7], [8]], [IGNORE, 6, 8]), ([[4]] * 9, [IGNORE] * 8 + [4])]
+    with torch.no_grad():
+        one, two = (
+            model([pad(part) for part in parts])["loss"]
+            for parts in ([rows], [[rows[0]], [rows[1]]])
+        )
+    assert torch.allclose(one, two, atol=1e-6)
+
+
+def test_what_the_model_writes_is_judged_not_what_it_is_given(trained):
+    model = BagLlama.from_pretrained(trained[0]).eval()
+    bags, labels = [[5], [6], [8], [9], [7]], [IGNORE, IGNORE, 8, IGNORE, 7]
+    (written,) = write(model, [(bags, labels)])
+    with torch.no_grad():
+        first = int(model.lm_head(model.hidden(torch.tensor([[[5], [6]]])))[0, -1].argmax())
+        context = torch.tensor([[[5], [6], [first], [9]]])
+        second = int(model.lm_head(model.hidden(context))[0, -1].argmax())
+    assert written == [first, second]
 
 
 def test_attention_starts_by_looking_for_its_own_words():
