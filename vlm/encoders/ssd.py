@@ -8,8 +8,8 @@ Shapes: B batch, L sequence, H heads, P channels of a head, G groups, N states; 
 chunks, Q steps of a chunk, R = H / G heads of a group. Head h reads group h // R.
 
 Golden: `mamba_ssm/modules/ssd_minimal.py` (state-spaces/mamba e9594ce); library: the PyTorch path
-of `transformers.models.mamba2`. Both repeat B and C for each head and pad to whole chunks of 64 (256
-there); here a group's heads share one product and the chunks are cut equally long.
+of `transformers.models.mamba2`. Both repeat B and C for each head and pad to whole chunks of 64
+(there 256); here the heads of a group share one product and the chunks are cut equally long.
 """
 
 import torch
