@@ -1,0 +1,232 @@
+"""How do several vision encoders look at the same views, each at its own size?
+
+Shapes: T views, S size of the views, S_i size encoder i sees, H W feature grid, D encoder width.
+
+The views come once, at the largest size and in the first encoder's mean and std. Each encoder gets
+them resized to its own size and normalised by its own mean and std; its layers are resized to one
+grid and joined, so that every encoder gives one feature map.
+Surprise: an encoder smaller than the largest sees views that were resized twice, by the processor
+and here. `tests/vlm/encoders/test_several.py` says how far that is from resizing the image once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from vlm.encoders.base import (
+    CONFIG_FILE,
+    MEASURED,
+    EncoderConfig,
+    VisionEncoder,
+    fill,
+)
+from vlm.encoders.presets import expand_preset
+from vlm.errors import UserError
+
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+Downscale = Literal["antialias", "bilinear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeveralEncoderConfig(EncoderConfig):
+    """Encoders side by side; `image_size`, mean and std are those of the views that come in.
+
+    `source` is None, because every encoder has its own, or a folder that this suite saved.
+    `downscale` makes the smaller views: "antialias" as PIL's bicubic filter does, "bilinear"
+    without antialiasing, as Mini-Gemini (mgm_arch.py's callers) does.
+    """
+
+    encoders: tuple[dict, ...] = ()  # configs as `build_vision_encoder` takes them
+    resize_to: tuple[int | None, ...] | None = None  # side of each feature grid; None: its finest
+    downscale: Downscale = "antialias"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer != "last":
+            raise UserError("vision encoder 'several': set layer in each of 'encoders', not beside")
+        if not self.encoders:
+            raise UserError(
+                "vision encoder 'several' needs 'encoders', such as "
+                "[{preset: siglip-so400m-384}, {preset: clip-l-336}]"
+            )
+        if self.resize_to is not None and len(self.resize_to) != len(self.encoders):
+            raise UserError(
+                f"vision encoder 'several': resize_to has {len(self.resize_to)} sides for "
+                f"{len(self.encoders)} encoders; give one each, or null"
+            )
+        if min((side for side in self.sides if side is not None), default=1) < 1:
+            raise UserError(
+                f"vision encoder 'several': resize_to must be positive, not {self.resize_to}"
+            )
+
+    @property
+    def sides(self) -> tuple[int | None, ...]:
+        """Return the side of each encoder's feature grid; None: that of its finest layer."""
+        return self.resize_to or (None,) * len(self.encoders)
+
+
+class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
+    """Encoders side by side, such as Cambrian's four or Mini-Gemini's two; one map from each."""
+
+    type_name = "several"
+    config_class = SeveralEncoderConfig
+
+    def __init__(
+        self, config: SeveralEncoderConfig, encoders: Sequence[VisionEncoder] | None = None
+    ) -> None:
+        """Build the encoders of a resolved config, or take loaded ones."""
+        super().__init__(config)
+        if encoders is None:
+            encoders = [_build(part) for part in config.encoders]
+        self.encoders = nn.ModuleList(encoders)
+        self.sides = config.sides
+        self.downscale: Downscale = config.downscale
+        finest = [max(encoder.grids) for encoder in encoders]
+        sides = zip(finest, self.sides, strict=True)
+        grids = tuple(grid if side is None else (side, side) for grid, side in sides)
+        dims = tuple(sum(encoder.dims) for encoder in encoders)
+        self.settle(replace(config, grids=grids, dims=dims))
+
+    @classmethod
+    def resolve(cls, config: SeveralEncoderConfig) -> SeveralEncoderConfig:
+        """Return the config with every encoder's resolved; those that are not are built empty."""
+        parts = []
+        for part in map(expand_preset, config.encoders):
+            measured = all(part.get(name) is not None for name in MEASURED)
+            if not measured:
+                with torch.device("meta"):
+                    part = _build(part).config
+            parts.append(part)
+        return _with_parts(config, parts)
+
+    @classmethod
+    def load(cls, config: SeveralEncoderConfig, dtype: torch.dtype) -> Self:
+        """Return the encoders with the weights of their sources, or of one folder for all."""
+        from vlm.encoders import load_vision_encoder  # it imports this module
+
+        parts = [expand_preset(part) for part in config.encoders]
+        sources = [part.get("source") for part in parts]
+        if config.source is not None:
+            if not (Path(config.source) / CONFIG_FILE).is_file():
+                raise UserError(
+                    f"vision encoder 'several': {config.source!r} is no folder saved by it; set a "
+                    "source in each of 'encoders' instead"
+                )
+            sources = [str(part_folder(config.source, i)) for i in range(len(parts))]
+        loaded, resolved = [], []
+        for part, source in zip(parts, sources, strict=True):
+            values = {key: value for key, value in part.items() if key not in MEASURED}
+            loaded.append(load_vision_encoder({**values, "source": source}, dtype))
+            # Where the weights came from at first, not the folder that passed them on.
+            resolved.append({**loaded[-1].config, "source": part.get("source")})
+        return cls(_with_parts(config, resolved), loaded)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all encoders; a frozen one beside trained ones stays in eval mode."""
+        super().train(mode)
+        for encoder in self.encoders:
+            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+                encoder.eval()
+        return self
+
+    def extract(self, pixel_values: Tensor) -> Sequence[Tensor]:
+        """Return one feature map (T, H, W, D) per encoder of views (T, 3, S, S)."""
+        maps = []
+        came = (self.image_mean, self.image_std)
+        for encoder, side in zip(self.encoders, self.sides, strict=True):
+            assert isinstance(encoder, VisionEncoder)
+            wanted = (encoder.image_mean, encoder.image_std)
+            views = fit_views(pixel_values, encoder.image_size, came, wanted, self.downscale)
+            maps.append(join_layers(encoder(views), side))
+        return maps
+
+    def save_weights(self, folder: Path) -> None:
+        """Write each encoder into a folder of its own."""
+        for i, encoder in enumerate(self.encoders):
+            assert isinstance(encoder, VisionEncoder)
+            encoder.save_pretrained(part_folder(folder, i))
+
+
+def part_folder(folder: str | Path, index: int) -> Path:
+    """Return where encoder number `index` is saved."""
+    return Path(folder) / f"encoder_{index}"
+
+
+def fit_views(
+    views: Tensor, size: int, came: MeanStd, wanted: MeanStd, downscale: Downscale
+) -> Tensor:
+    """Return views (T, 3, S, S) as (T, 3, size, size) in another normalisation; float32 if changed.
+
+    Args:
+        views: normalised by `came`.
+        size: in pixels.
+        came: mean and std they have.
+        wanted: mean and std they get.
+        downscale: see `SeveralEncoderConfig`.
+    """
+    resized = views.shape[-1] != size
+    if not resized and came == wanted:
+        return views
+    views = views.float()
+    antialias = resized and downscale == "antialias"
+    if antialias:
+        views = interpolate(views, (size, size), mode="bicubic", antialias=True)
+    elif resized:
+        views = interpolate(views, (size, size), mode="bilinear", align_corners=False)
+    if came == wanted and not antialias:
+        return views
+    mean, std, new_mean, new_std = torch.tensor([*came, *wanted], device=views.device)[
+        ..., None, None
+    ]
+    colors = views * std + mean
+    if antialias:
+        colors = colors.clamp(0, 1)  # a cubic filter overshoots at edges; PIL has no room for it
+    return (colors - new_mean) / new_std
+
+
+def join_layers(maps: Sequence[Tensor], side: int | None) -> Tensor:
+    """Return maps (T, H_i, W_i, D_i) as one (T, H, W, sum of D_i).
+
+    Resized bilinearly without antialiasing, in float32, as Cambrian (clip_convnext_encoder.py,
+    dino_encoder.py) and Mini-Gemini (openclip_encoder.py) do.
+
+    Args:
+        maps: features of one encoder's layers.
+        side: H and W; None: those of the finest map.
+    """
+    grid = max(tuple(m.shape[1:3]) for m in maps) if side is None else (side, side)
+    resized = [_resize(m, grid) for m in maps]
+    return resized[0] if len(resized) == 1 else torch.cat(resized, dim=-1)
+
+
+def _resize(features: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Return features (T, H, W, D) at another grid, same type."""
+    if tuple(features.shape[1:3]) == tuple(grid):
+        return features
+    channels_first = features.permute(0, 3, 1, 2).float()
+    resized = interpolate(channels_first, grid, mode="bilinear", align_corners=False)
+    return resized.permute(0, 2, 3, 1).to(features.dtype)
+
+
+def _build(part: Mapping[str, Any]) -> VisionEncoder:
+    """Build one encoder with new weights."""
+    from vlm.encoders import build_vision_encoder  # it imports this module
+
+    return build_vision_encoder(expand_preset(part))
+
+
+def _with_parts(
+    config: SeveralEncoderConfig, parts: Sequence[dict[str, Any]]
+) -> SeveralEncoderConfig:
+    """Return the config with the parts' resolved configs, and the views' size, mean and std."""
+    found = {
+        "image_size": max(part["image_size"] for part in parts),
+        "image_mean": tuple(parts[0]["image_mean"]),
+        "image_std": tuple(parts[0]["image_std"]),
+    }
+    return fill(replace(config, encoders=tuple(parts)), found)
