@@ -64,6 +64,7 @@ def _score(args: argparse.Namespace) -> int:
     from eval.runner import BLIND, IMAGE, RunPlan, choose_indices
     from eval.settings import AnswerSettings
     from eval.tasks import TASKS
+    from vlm.done import make_folder
     from vlm.loading import load_model
 
     settings = AnswerSettings(
@@ -75,6 +76,7 @@ def _score(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(args.tasks.split(",")))
     classes = [lookup("task", name, TASKS, "vlm.tasks") for name in names]
     tasks = [found.open(args.data) for found in classes]
+    make_folder(args.out)
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
     answerer = ModelAnswerer(model, processor, settings)
     about = {"model": str(args.model), "dtype": str(model.dtype), "device": str(model.device)}

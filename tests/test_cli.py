@@ -97,7 +97,16 @@ def test_unknown_option_is_named(words, command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    assert "--loud" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "--loud" in lines[0]
+
+
+def test_a_misspelt_option_gets_the_one_meant(command, capsys):
+    command.add_arguments = lambda parser: parser.add_argument("--stage")
+    with pytest.raises(SystemExit):
+        cli.main(["try", "--stagge=align"])
+    assert "did you mean --stage?" in capsys.readouterr().err
 
 
 def test_options_are_not_guessed_from_their_beginning(command, capsys):

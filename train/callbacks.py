@@ -9,7 +9,12 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train.checkpoints import write_flushed
+from vlm.done import write_flushed
+
+RATES = {
+    "samples_per_second": "samples/s",
+    "supervised_tokens_per_second": "tokens/s",
+}
 
 
 class LogWithCheckpoint(TrainerCallback):
@@ -23,7 +28,7 @@ class LogWithCheckpoint(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """One line on the terminal: step, loss, samples and supervised tokens per second."""
+    """One line on the terminal: step, loss and whatever rates the log holds."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -41,40 +46,13 @@ class ProgressLine(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.4f}, {logs['samples_per_second']:.1f} samples/s, "
-                f"{logs['supervised_tokens_per_second']:.0f} tokens/s"
-            )
+            told = [f"{logs[key]:.0f} {unit}" for key, unit in RATES.items() if key in logs]
+            self.bar.set_postfix_str(", ".join([f"loss {float(logs['loss']):.4f}", *told]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-class LossLine(TrainerCallback):
-    """The progress line of a base model: step and loss."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.title, unit="step"
-        )
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
-    ) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-            self.bar.close()
 
 
 class JsonLog(TrainerCallback):

@@ -7,9 +7,10 @@ leaves either a whole checkpoint or one that is recognised as torn.
 
 import errno
 import json
-import os
 import shutil
 from pathlib import Path
+
+from vlm.done import flush, write_flushed
 
 PREFIX = "checkpoint-"
 NOTE = "complete.json"
@@ -18,26 +19,6 @@ NOTE = "complete.json"
 def step_of(folder: Path) -> int:
     """Return the optimizer step a checkpoint was written after."""
     return int(folder.name.removeprefix(PREFIX))
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_flushed(path: Path, text: str) -> None:
-    """Replace a small file at once: readers see the old or the new text, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush(path.parent)
 
 
 def is_full_disk(error: Exception) -> bool:

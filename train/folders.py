@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from train.checkpoints import flush, write_flushed
 from train.manifest import read_manifest
 from train.process import is_main_process
 from train.recipe import Recipe, StageRecipe
 from train.yaml_values import read_file, to_text
+from vlm.done import flush, write_flushed
 from vlm.errors import UserError
 
 # Settings that may change between the parts of one stage: they do not reach the weights.

@@ -17,9 +17,9 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from data_recipes.mixture import Source
-from train.checkpoints import write_flushed
 from train.process import is_main_process
 from train.recipe import Recipe, StageRecipe
+from vlm.done import write_flushed
 
 PACKAGES = ("vlm-suite", "torch", "transformers", "accelerate", "numpy", "pillow", "deepspeed")
 WHOLE_HASH_BYTES = 1 << 30  # larger files are told apart by size, first and last MiB

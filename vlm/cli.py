@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
@@ -137,13 +137,21 @@ def _mendable(error: Exception) -> str | None:
     return None
 
 
+class _OneSentence(argparse.ArgumentParser):
+    """A parser that complains in one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2, as argparse does."""
+        self.exit(USER_ERROR, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def _parse(program: str, module: ModuleType, words: Sequence[str]) -> argparse.Namespace:
     """Parse the command's own words; unknown ones are its overrides, or an error.
 
     Raises:
         SystemExit: `--help` (0), or words that do not fit (2), as argparse does.
     """
-    parser = argparse.ArgumentParser(
+    parser = _OneSentence(
         prog=program,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -154,8 +162,17 @@ def _parse(program: str, module: ModuleType, words: Sequence[str]) -> argparse.N
     if "TAKES_OVERRIDES" in vars(module):
         args.overrides = unknown
     elif unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.error(_unknown_words(parser, unknown))
     return args
+
+
+def _unknown_words(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """Return what to say of words that the command does not take, with the option meant."""
+    word = unknown[0].partition("=")[0]
+    options = [option for action in parser._actions for option in action.option_strings]
+    nearest = difflib.get_close_matches(word, options, n=1)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return f"unknown argument {word!r}{hint}"
 
 
 def _complain(program: str, sentence: str) -> int:

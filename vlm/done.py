@@ -39,13 +39,28 @@ def read_done(path: Path, settings: Mapping[str, Any], what: str) -> dict[str, A
 
 
 def write_note(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a JSON file at once and wait for the disk: a kill leaves the old or the new one."""
+    """Replace a JSON file at once, see `write_flushed`."""
+    write_flushed(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Replace a small file at once and wait for the disk: a kill leaves the old or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> None:

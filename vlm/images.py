@@ -69,7 +69,9 @@ def load_image(
     except FileNotFoundError as error:
         raise UserError(f"image {label}: no such file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"image {label}: {error}; shrink it") from error
+        raise UserError(
+            f"image {label} has more than the {max_pixels:,} pixels that are decoded; shrink it"
+        ) from error
     except _DECODE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"image {label} cannot be read: {reason}") from error

@@ -142,7 +142,7 @@ def test_bad_folders_are_one_sentence(folder, data, tmp_path, capsys):
     assert score(tmp_path / "empty", data, tmp_path / "out") == 2
     assert "is no checkpoint" in capsys.readouterr().err
     assert score(folder, data, tmp_path / "file" / "out") == 2
-    assert "cannot write answers to" in capsys.readouterr().err
+    assert "cannot be made" in capsys.readouterr().err
     assert main(["eval", str(folder), "--data", str(data)]) == 2
     assert "--out DIR" in capsys.readouterr().err
     assert main(["eval"]) == 2

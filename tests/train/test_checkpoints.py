@@ -2,7 +2,8 @@
 
 import pytest
 
-from train.checkpoints import is_whole, newest, prune, seal, write_flushed
+from train.checkpoints import is_whole, newest, prune, seal
+from vlm.done import write_flushed
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def fit(model: nn.Module, data: Dataset, settings: BaseSettings, out: Path, titl
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
-    from train.callbacks import LossLine, StopCleanly
+    from train.callbacks import ProgressLine, StopCleanly
     from train.checkpoints import newest
     from train.trainer import SealingTrainer
 
@@ -121,7 +121,7 @@ def fit(model: nn.Module, data: Dataset, settings: BaseSettings, out: Path, titl
             args=arguments,
             train_dataset=data,
             data_collator=first,  # pyright: ignore[reportArgumentType]
-            callbacks=[LossLine(title), stop],
+            callbacks=[ProgressLine(title), stop],
         )
         trainer.remove_callback(PrinterCallback)
         checkpoint = newest(folder)
