@@ -1,0 +1,239 @@
+"""What does Vim compute between pixels and tokens?
+
+Shapes: B batch, S S' picture size, H W grid, P = H * W patches, c class tokens, L = P + c, D width.
+
+Sources: Zhu et al. 2024 (arXiv 2401.09417); hustvl/Vim, vim/models_mamba.py. Names of weights are
+the published ones.
+
+Surprises:
+- The reference hands (hidden, residual) from block to block and adds them at the start of the next;
+  here a block returns their sum. The state after block i is the residual that block i + 1 sees.
+- The residual is float32 whatever the weights are.
+- The positions are added after the class token has been put in, so that token has one too.
+- At stride 8 the patches are still 16 pixels wide and overlap: the grid at 224 is 27, not 28.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlm.encoders.position_resize import Rule, class_token_places, insert_tokens, resize_positions
+from vlm.encoders.vim_mixer import Directions, MambaMixer
+
+ClassToken = Literal["middle", "head", "double", "none"]
+
+TOKEN_NAMES: dict[ClassToken, tuple[str, ...]] = {
+    "middle": ("cls_token",),
+    "head": ("cls_token",),
+    "double": ("cls_token_head", "cls_token_tail"),
+    "none": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VimArchitecture:
+    """What fixes the shapes of the weights; None means: computed from the others.
+
+    `directions` is the reference's `bimamba_type`, `divide_out` its `if_divide_out`.
+    """
+
+    embed_dim: int  # D
+    depth: int  # blocks
+    patch_size: int = 16
+    stride: int | None = None  # pixels between patches; None: patch_size
+    position_grid: tuple[int, int] | None = None  # of the stored positions; None: image_size's
+    state_dim: int = 16  # N
+    conv_width: int = 4  # taps
+    expand: int = 2  # inner channels / D
+    step_rank: int | None = None  # R; None: D / 16, rounded up
+    directions: Directions = "v2"
+    divide_out: bool = True  # whether the directions of "v2" are averaged
+    class_token: ClassToken = "middle"
+    layer_scale: float | None = None  # first value of `gamma`; None: no such factor
+    norm_eps: float = 1e-5
+
+
+def patch_grid(size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
+    """Return (H, W) of pictures of `size` pixels (S, S'); patches overlap where stride < patch.
+
+    >>> patch_grid((224, 224), 16, 8)
+    (27, 27)
+    """
+    height, width = ((side - patch_size) // stride + 1 for side in size)
+    return height, width
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Return x (B, ...) with whole samples set to zero at `rate`, the others scaled up for it."""
+    if rate == 0.0 or not training:
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    return x * (x.new_empty(shape).bernoulli_(1 - rate) / (1 - rate))
+
+
+def drop_rates(last: float, depth: int) -> list[float]:
+    """Return each block's rate, growing from 0 to `last`.
+
+    Vim drops a block's output at the start of the next one, which has its rate one place later in
+    the list; counted by the block that made the output, the rates are these.
+    """
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        """Begin with ones."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) in the weight's type."""
+        weight = self.weight
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(weight.dtype)
+
+
+class Block(nn.Module):
+    """x + drop_path(mixer(norm(x))), (B, L, D) -> (B, L, D) in float32."""
+
+    def __init__(self, dim: int, mixer: nn.Module, norm_eps: float, drop_rate: float) -> None:
+        """Take the mixer, a module (B, L, D) -> (B, L, D)."""
+        super().__init__()
+        self.mixer = mixer
+        self.norm = RMSNorm(dim, norm_eps)
+        self.drop_rate = drop_rate
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D), float32."""
+        hidden = self.mixer(self.norm(residual))
+        return residual + drop_path(hidden, self.drop_rate, self.training)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution (B, 3, S, S') -> (B, H, W, D); a module of its own for the published names."""
+
+    def __init__(self, dim: int, patch_size: int, stride: int) -> None:
+        """Draw the kernel as LeCun does, as the reference."""
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride)
+        # A normal distribution cut at two deviations has 0.88 of its deviation left.
+        deviation = (3 * patch_size**2) ** -0.5 / 0.87962566103423978
+        nn.init.trunc_normal_(self.proj.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+        assert self.proj.bias is not None
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S') -> (B, H, W, D)."""
+        return self.proj(images).permute(0, 2, 3, 1)
+
+
+class Vim(nn.Module):
+    """Vim without its classifier; `forward` gives the states of the layers asked for.
+
+    Attributes:
+        norm_f: the final norm, None where nobody asked for it.
+    """
+
+    def __init__(
+        self,
+        architecture: VimArchitecture,
+        layers: Sequence[int],
+        normed: bool,
+        drop_path_rate: float = 0.0,
+        position_rule: Rule = "middle",
+    ) -> None:
+        """Draw new weights.
+
+        Args:
+            architecture: with stride and position grid; its depth counts blocks that are not built.
+            layers: blocks asked for, negative, from the end; later ones are not built.
+            normed: whether the states asked for go through `norm_f`.
+            drop_path_rate: of the last block, in training.
+            position_rule: how positions are resized to another grid.
+        """
+        super().__init__()
+        a = architecture
+        assert a.stride is not None and a.position_grid is not None, a
+        self.position_grid = a.position_grid
+        self.position_rule: Rule = position_rule
+        self.entries = [a.depth + layer for layer in layers]
+        self.patch_embed = PatchEmbedding(a.embed_dim, a.patch_size, a.stride)
+        self.class_token: ClassToken = a.class_token
+        self.token_names = TOKEN_NAMES[a.class_token]
+        rows = a.position_grid[0] * a.position_grid[1] + len(self.token_names)
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, a.embed_dim))
+        for name in self.token_names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, a.embed_dim)))
+        for parameter in (self.pos_embed, *self.class_tokens()):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        rates = drop_rates(drop_path_rate, a.depth)
+        self.layers = nn.ModuleList(
+            Block(a.embed_dim, make_mixer(a), a.norm_eps, rates[i])
+            for i in range(max(self.entries) + 1)
+        )
+        self.norm_f = RMSNorm(a.embed_dim, a.norm_eps) if normed else None
+
+    def class_tokens(self) -> list[nn.Parameter]:
+        """Return the class tokens, each (1, 1, D), in the order of the sequence."""
+        return [self.get_parameter(name) for name in self.token_names]
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return tokens (B, L, D) of images (B, 3, S, S'), positions added, and the grid (H, W)."""
+        patches = self.patch_embed(images)
+        grid = (patches.shape[1], patches.shape[2])
+        kind = self.class_token
+        places = class_token_places(kind, grid[0] * grid[1])
+        tokens = [token.expand(len(images), -1, -1) for token in self.class_tokens()]
+        x = insert_tokens(patches.flatten(1, 2), tokens, places)
+        old, rule = self.position_grid, self.position_rule
+        return x + resize_positions(self.pos_embed, old, grid, kind, rule), grid
+
+    def states(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        """Return the states (B, L, D), float32, before the first and after each block; the grid."""
+        x, grid = self.embed(images)
+        states = [x.float()]
+        for block in self.layers:
+            states.append(block(states[-1]))
+        return states, grid
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return feature maps (B, H, W, D) of images (B, 3, S, S'), without the class tokens."""
+        states, grid = self.states(images)
+        maps = [states[entry + 1] for entry in self.entries]
+        if self.norm_f is not None:
+            maps = [self.norm_f(x) for x in maps]
+        dtype = self.pos_embed.dtype
+        places = class_token_places(self.class_token, grid[0] * grid[1])
+        return [remove_tokens(x, places).unflatten(1, grid).to(dtype) for x in maps]
+
+
+def make_mixer(a: VimArchitecture) -> MambaMixer:
+    """Return a block's mixer with new weights; its output is scaled down for the depth, as GPT-2's.
+
+    The reference's `_init_weights` divides `out_proj` by sqrt(depth), one residual a layer.
+    """
+    return MambaMixer(
+        a.embed_dim,
+        a.state_dim,
+        a.conv_width,
+        a.expand,
+        a.step_rank,
+        a.directions,
+        a.divide_out,
+        a.layer_scale,
+        out_gain=a.depth**-0.5,
+    )
+
+
+def remove_tokens(x: Tensor, places: Sequence[int]) -> Tensor:
+    """Return x (B, L, D) without the tokens at `places`."""
+    edges = [-1, *places, x.shape[1]]
+    parts = [x[:, a + 1 : b] for a, b in pairwise(edges) if b > a + 1]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
