@@ -46,6 +46,7 @@ def segment_sums(logs: Tensor) -> tuple[Tensor, Tensor]:
     high = running.to(logs.dtype)
     low = (running.detach() - high.detach().double()).to(logs.dtype)  # no gradient of its own
     sums = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
-    steps = logs.shape[-1]
-    later = torch.ones(steps, steps, dtype=torch.bool, device=logs.device).triu(1)
-    return high, sums.masked_fill(later, -torch.inf)
+    # The diagonal is 0 by itself, but its two gradients would cancel only up to rounding.
+    fixed = torch.full_like(sums[(0,) * (sums.ndim - 2)], -torch.inf).triu(1)
+    earlier = torch.ones_like(fixed, dtype=torch.bool).tril(-1)
+    return high, torch.where(earlier, sums, fixed)
