@@ -59,11 +59,19 @@ READER_GONE = 128 + 13  # SIGPIPE
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+class _OneSentence(argparse.ArgumentParser):
+    """A parser that complains in one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2, as argparse does."""
+        self.exit(USER_ERROR, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the top-level parser: names and help lines only, nothing imported."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    parser = argparse.ArgumentParser(
+    parser = _OneSentence(
         prog="vlm",
         usage="vlm [-h] [--version] COMMAND ...",
         description="A vision-language model suite.",
@@ -135,14 +143,6 @@ def _mendable(error: Exception) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; make room, or choose a folder that can be written"
     return None
-
-
-class _OneSentence(argparse.ArgumentParser):
-    """A parser that complains in one sentence, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with 2, as argparse does."""
-        self.exit(USER_ERROR, f"{self.prog}: {message}; see `{self.prog} --help`\n")
 
 
 def _parse(program: str, module: ModuleType, words: Sequence[str]) -> argparse.Namespace:
