@@ -205,7 +205,7 @@ SEVERAL: dict[str, SeveralPreset] = {
             ("convnext-xxl-1024", {"layer": STAGES}, 96),
         ),
         widths=(1152, 1024, 1536, 5760),
-        parameters=2_683_767_488,
+        parameters=2_683_767_536,
         published="nyu-visionx/cambrian-8b, -13b and -34b",
     ),
     # MGM's openclip_encoder.py joins the stages at the first one's size; its pictures for CLIP are

@@ -45,25 +45,6 @@ class SeveralEncoderConfig(EncoderConfig):
     resize_to: tuple[int | None, ...] | None = None  # side of each feature grid; None: its finest
     downscale: Downscale = "antialias"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layer != "last":
-            raise UserError("vision encoder 'several': set layer in each of 'encoders', not beside")
-        if not self.encoders:
-            raise UserError(
-                "vision encoder 'several' needs 'encoders', such as "
-                "[{preset: siglip-so400m-384}, {preset: clip-l-336}]"
-            )
-        if self.resize_to is not None and len(self.resize_to) != len(self.encoders):
-            raise UserError(
-                f"vision encoder 'several': resize_to has {len(self.resize_to)} sides for "
-                f"{len(self.encoders)} encoders; give one each, or null"
-            )
-        if min((side for side in self.sides if side is not None), default=1) < 1:
-            raise UserError(
-                f"vision encoder 'several': resize_to must be positive, not {self.resize_to}"
-            )
-
     @property
     def sides(self) -> tuple[int | None, ...]:
         """Return the side of each encoder's feature grid; None: that of its finest layer."""
@@ -95,6 +76,7 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
     @classmethod
     def resolve(cls, config: SeveralEncoderConfig) -> SeveralEncoderConfig:
         """Return the config with every encoder's resolved; those that are not are built empty."""
+        check(config)
         parts = []
         for part in map(expand_preset, config.encoders):
             measured = all(part.get(name) is not None for name in MEASURED)
@@ -109,6 +91,7 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
         """Return the encoders with the weights of their sources, or of one folder for all."""
         from vlm.encoders import load_vision_encoder  # it imports this module
 
+        check(config)
         parts = [expand_preset(part) for part in config.encoders]
         sources = [part.get("source") for part in parts]
         if config.source is not None:
@@ -150,6 +133,29 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
         for i, encoder in enumerate(self.encoders):
             assert isinstance(encoder, VisionEncoder)
             encoder.save_pretrained(part_folder(folder, i))
+
+
+def check(config: SeveralEncoderConfig) -> None:
+    """Refuse numbers that do not fit each other; what a saved folder says has been filled in.
+
+    Raises:
+        UserError: in these cases.
+    """
+    where = "vision encoder 'several'"
+    if config.layer != "last":
+        raise UserError(f"{where}: set layer in each of 'encoders', not beside them")
+    if not config.encoders:
+        raise UserError(
+            f"{where} needs 'encoders', such as [{{preset: siglip-so400m-384}}, "
+            "{preset: clip-l-336}]"
+        )
+    if len(config.sides) != len(config.encoders):
+        raise UserError(
+            f"{where}: resize_to has {len(config.sides)} sides for {len(config.encoders)} "
+            "encoders; give one each, or null"
+        )
+    if min((side for side in config.sides if side is not None), default=1) < 1:
+        raise UserError(f"{where}: resize_to must be positive, not {config.resize_to}")
 
 
 def part_folder(folder: str | Path, index: int) -> Path:
