@@ -9,8 +9,12 @@ from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from vlm.encoders.base import EncoderConfig, VisionEncoder, saved_config
 from vlm.encoders.open_clip_encoder import OpenClipEncoder
+from vlm.encoders.presets import expand_preset
+from vlm.encoders.several import SeveralEncoder
 from vlm.encoders.timm_encoder import TimmEncoder
 from vlm.encoders.transformers_encoder import TransformersEncoder
+from vlm.encoders.vim import VimEncoder
+from vlm.encoders.vmamba import VMambaEncoder
 from vlm.errors import UserError
 
 __all__ = ["VISION_ENCODERS", "VisionEncoder", "build_vision_encoder", "load_vision_encoder"]
@@ -19,15 +23,20 @@ VISION_ENCODERS: dict[str, type[VisionEncoder]] = {
     "transformers": TransformersEncoder,
     "timm": TimmEncoder,
     "open_clip": OpenClipEncoder,
+    "vim": VimEncoder,
+    "vmamba": VMambaEncoder,
+    "several": SeveralEncoder,
 }
 
 
 def _parse(config: Mapping[str, Any]) -> tuple[type[VisionEncoder], EncoderConfig]:
     """Return the adapter that `config["type"]` names, and its checked config."""
+    config = expand_preset(config)
     if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
         raise UserError(
-            "vision_encoder must be a mapping with a 'type', such as {type: timm, source: "
-            f"convnext_atto}}, not {config!r}; types are {', '.join(sorted(VISION_ENCODERS))}"
+            "vision_encoder must be a mapping with a 'preset' or a 'type', such as {preset: "
+            "clip-l-336} or {type: timm, source: convnext_atto}, not "
+            f"{config!r}; types are {', '.join(sorted(VISION_ENCODERS))}"
         )
     values = dict(config)
     name = values.pop("type")
@@ -64,7 +73,7 @@ def load_vision_encoder(
     encoder_class, parsed = _parse(config)
     if parsed.source is None:
         raise UserError(
-            f"vision encoder {config['type']!r} needs a 'source' to load from: "
-            "a name on the hub or in the library, or a folder"
+            f"vision encoder {encoder_class.type_name!r} needs a 'source' to load from: "
+            "a name on the hub or in the library, a folder, or a published file"
         )
     return encoder_class.load(parsed, dtype)
