@@ -37,7 +37,7 @@ class Preset:
     grid: int  # rows, and columns, of the features
     width: int  # D
     parameters: int
-    published: str = ""  # where the weights are, if `source` does not say it
+    published: str = ""  # where the weights are; empty: `source` says it
     fields: Mapping[str, Any] = field(default_factory=dict)  # the adapter's own
 
     def config(self) -> dict[str, Any]:
@@ -191,6 +191,62 @@ ENCODERS: dict[str, Preset] = {
     "mambaout-base-plus-384": Preset(
         "timm", "mambaout_base_plus_rw.sw_e150_r384_in12k_ft_in1k",
         "last", 384, IMAGENET, 12, 768, 96_221_184),
+    # The same; their weights are files to download, named as `source` beside the preset
+    "vim-tiny": Preset(
+        "vim", None,
+        "last", 224, IMAGENET, 14, 192, 6_955_008,
+        "hf.co/hustvl/Vim-tiny-midclstok",
+        {"architecture": "vim_tiny"}),
+    "vim-small": Preset(
+        "vim", None,
+        "last", 224, IMAGENET, 14, 384, 25_411_584,
+        "hf.co/hustvl/Vim-small-midclstok",
+        {"architecture": "vim_small"}),
+    "vim-base": Preset(
+        "vim", None,
+        "last", 224, IMAGENET, 14, 768, 96_829_440,
+        "hf.co/hustvl/Vim-base-midclstok",
+        {"architecture": "vim_base"}),
+    "vim-tiny-stride8": Preset(
+        "vim", None,
+        "last", 224, IMAGENET, 27, 192, 7_057_344,
+        "hf.co/hustvl/Vim-tiny-midclstok, the file fine-tuned at stride 8",
+        {"architecture": "vim_tiny_stride8"}),
+    "vim-small-stride8": Preset(
+        "vim", None,
+        "last", 224, IMAGENET, 27, 384, 25_616_256,
+        "hf.co/hustvl/Vim-small-midclstok, the file fine-tuned at stride 8",
+        {"architecture": "vim_small_stride8"}),
+    "vmamba-tiny-s1l8": Preset(
+        "vmamba", None,
+        "last", 224, IMAGENET, 14, 1152, 29_480_832,
+        "github.com/MzeroMiko/VMamba, release #v2cls, vssm1_tiny_0230s",
+        {"architecture": "vmamba_tiny_s1l8"}),
+    "vmamba-tiny-s2l5": Preset(
+        "vmamba", None,
+        "last", 224, IMAGENET, 14, 1152, 29_937_600,
+        "github.com/MzeroMiko/VMamba, release #v2cls, vssm_tiny_0230",
+        {"architecture": "vmamba_tiny_s2l5"}),
+    "vmamba-small-s2l15": Preset(
+        "vmamba", None,
+        "last", 224, IMAGENET, 14, 1152, 49_379_520,
+        "github.com/MzeroMiko/VMamba, release #v2cls, vssm_small_0229",
+        {"architecture": "vmamba_small_s2l15"}),
+    "vmamba-small-s1l20": Preset(
+        "vmamba", None,
+        "last", 224, IMAGENET, 14, 1152, 48_244_608,
+        "github.com/MzeroMiko/VMamba, release #v2cls, vssm1_small_0229s",
+        {"architecture": "vmamba_small_s1l20"}),
+    "vmamba-base-s2l15": Preset(
+        "vmamba", None,
+        "last", 224, IMAGENET, 14, 1536, 87_533_824,
+        "github.com/MzeroMiko/VMamba, release #v2cls, vssm_base_0229",
+        {"architecture": "vmamba_base_s2l15"}),
+    "vmamba-base-s1l20": Preset(
+        "vmamba", None,
+        "last", 224, IMAGENET, 14, 1536, 85_590_528,
+        "github.com/MzeroMiko/VMamba, release #v2cls, vssm1_base_0229s",
+        {"architecture": "vmamba_base_s1l20"}),
 }
 # fmt: on
 
