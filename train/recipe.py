@@ -157,6 +157,7 @@ def check_components(model: ModelRecipe, where: str) -> None:
     """Check every component's name and fields, so that a typo is told before anything is loaded."""
     from connectors import resolve_connector_config
     from vlm.chat_templates import load as load_chat_template
+    from vlm.encoders import parse_encoder_config
     from vlm.tiling import build_tiling
 
     with_place(f"{where}.tiling", build_tiling, model.tiling)
@@ -165,18 +166,7 @@ def check_components(model: ModelRecipe, where: str) -> None:
     if model.chat_template is not None:
         with_place(f"{where}.chat_template", load_chat_template, model.chat_template)
     if model.vision_encoder is not None:
-        with_place(f"{where}.vision_encoder", _check_encoder, model.vision_encoder)
-
-
-def _check_encoder(config: Mapping[str, Any]) -> None:
-    from vlm.encoders import VISION_ENCODERS
-
-    values = dict(config)
-    kind = values.pop("type", None)
-    if not isinstance(kind, str):
-        raise UserError(f"the type is missing; choose from {', '.join(VISION_ENCODERS)}")
-    encoder = lookup("vision encoder", kind, VISION_ENCODERS, "vlm.encoders")
-    config_from_mapping(encoder.config_class, values, f"vision encoder {kind!r}")
+        with_place(f"{where}.vision_encoder", parse_encoder_config, model.vision_encoder)
 
 
 def with_place(place: str, function: Any, *values: Any) -> Any:

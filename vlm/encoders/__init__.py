@@ -7,7 +7,7 @@ import torch
 
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
-from vlm.encoders.base import EncoderConfig, VisionEncoder, saved_config
+from vlm.encoders.base import EncoderConfig, VisionEncoder, saved_config, saved_type
 from vlm.encoders.open_clip_encoder import OpenClipEncoder
 from vlm.encoders.presets import expand_preset
 from vlm.encoders.several import SeveralEncoder
@@ -17,7 +17,13 @@ from vlm.encoders.vim import VimEncoder
 from vlm.encoders.vmamba import VMambaEncoder
 from vlm.errors import UserError
 
-__all__ = ["VISION_ENCODERS", "VisionEncoder", "build_vision_encoder", "load_vision_encoder"]
+__all__ = [
+    "VISION_ENCODERS",
+    "VisionEncoder",
+    "build_vision_encoder",
+    "load_vision_encoder",
+    "parse_encoder_config",
+]
 
 VISION_ENCODERS: dict[str, type[VisionEncoder]] = {
     "transformers": TransformersEncoder,
@@ -29,13 +35,19 @@ VISION_ENCODERS: dict[str, type[VisionEncoder]] = {
 }
 
 
-def _parse(config: Mapping[str, Any]) -> tuple[type[VisionEncoder], EncoderConfig]:
-    """Return the adapter that `config["type"]` names, and its checked config."""
+def parse_encoder_config(config: Mapping[str, Any]) -> tuple[type[VisionEncoder], EncoderConfig]:
+    """Return the adapter that a config names, and its checked config; loads nothing.
+
+    Raises:
+        UserError: unknown preset, type or field, or a value of the wrong type.
+    """
     config = expand_preset(config)
+    if isinstance(config, Mapping) and "type" not in config:
+        config = {**saved_type(config.get("source")), **config}
     if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
         raise UserError(
-            "vision_encoder must be a mapping with a 'preset' or a 'type', such as {preset: "
-            "clip-l-336} or {type: timm, source: convnext_atto}, not "
+            "vision_encoder must be a mapping with a 'preset', a 'type', or a 'source' that this "
+            "suite saved, such as {preset: clip-l-336} or {type: timm, source: convnext_atto}, not "
             f"{config!r}; types are {', '.join(sorted(VISION_ENCODERS))}"
         )
     values = dict(config)
@@ -53,7 +65,7 @@ def build_vision_encoder(config: Mapping[str, Any]) -> VisionEncoder:
     Raises:
         UserError: unknown type, field or source, or a value of the wrong type.
     """
-    encoder_class, parsed = _parse(config)
+    encoder_class, parsed = parse_encoder_config(config)
     return encoder_class(encoder_class.resolve(parsed))
 
 
@@ -70,7 +82,7 @@ def load_vision_encoder(
     Raises:
         UserError: unknown type, field or source, missing weights, or a value of the wrong type.
     """
-    encoder_class, parsed = _parse(config)
+    encoder_class, parsed = parse_encoder_config(config)
     if parsed.source is None:
         raise UserError(
             f"vision encoder {encoder_class.type_name!r} needs a 'source' to load from: "

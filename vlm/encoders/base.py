@@ -170,6 +170,12 @@ class VisionEncoder(nn.Module, Generic[C]):
         return [tuple(m.shape) for m in maps]
 
 
+def saved_type(source: Any) -> dict[str, Any]:
+    """Return {"type": ...} of a folder that this suite wrote, {} of anything else."""
+    saved = _read_saved(source)
+    return {} if saved is None else {"type": saved["type"]}
+
+
 def saved_config(source: str | None, type_name: str) -> dict[str, Any]:
     """Return what `vision_encoder.json` in the folder `source` says, without the measured fields.
 
@@ -178,20 +184,33 @@ def saved_config(source: str | None, type_name: str) -> dict[str, Any]:
     Raises:
         UserError: the file is broken, or the folder was saved by another type of encoder.
     """
-    file = Path(source or "") / CONFIG_FILE
-    if source is None or not file.is_file():
+    values = _read_saved(source)
+    if values is None:
         return {}
-    try:
-        values = dict(json.loads(file.read_text(encoding="utf-8")))
-        saved_type = values.pop("type")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a vision encoder's config: {error!r}") from error
+    saved_type = values.pop("type")
     if saved_type != type_name:
         raise UserError(
             f"{source} was saved by a vision encoder of type {saved_type!r}; "
             f"set vision_encoder.type to {saved_type}, not {type_name}"
         )
     return {key: value for key, value in values.items() if key not in (*MEASURED, "source")}
+
+
+def _read_saved(source: Any) -> dict[str, Any] | None:
+    """Return what `vision_encoder.json` in the folder `source` says, None if there is no such file.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    if not isinstance(source, str) or not (Path(source) / CONFIG_FILE).is_file():
+        return None
+    file = Path(source) / CONFIG_FILE
+    try:
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
+        values["type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a vision encoder's config: {error!r}") from error
+    return values
 
 
 def fill(config: C, found: Mapping[str, Any]) -> C:

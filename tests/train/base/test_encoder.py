@@ -1,5 +1,7 @@
 """Does the base encoder learn what the scene holds, go on after a stop, and load like any other?"""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,18 @@ TINY = {
 SETTINGS = EncoderSettings(
     steps=4, batch_size=4, learning_rate=1e-3, save_steps=1, warmup_steps=1, encoder=TINY
 )
+
+
+RECIPES = sorted((Path(__file__).parents[3] / "train/recipes").glob("base-encoder*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_shipped_encoders_have_the_grid_that_scenes_are_told_in(recipe):
+    settings = load_settings(EncoderSettings, recipe, [])
+    with torch.device("meta"):
+        encoder = build_vision_encoder(settings.encoder)
+    assert encoder.grids == ((8, 8),)
+    assert 0.75e6 < sum(p.numel() for p in encoder.parameters()) < 0.9e6
 
 
 @pytest.fixture(autouse=True)

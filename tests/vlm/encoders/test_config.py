@@ -8,8 +8,8 @@ from vlm.encoders import build_vision_encoder, load_vision_encoder
 from vlm.errors import UserError
 
 BAD = [
-    ("clip", "vision_encoder must be a mapping with a 'preset' or a 'type'"),
-    ({"source": "x"}, "vision_encoder must be a mapping with a 'preset' or a 'type'"),
+    ("clip", "vision_encoder must be a mapping with a 'preset'"),
+    ({"source": "x"}, "vision_encoder must be a mapping with a 'preset'"),
     ({"type": "tim", "source": "x"}, r"unknown vision encoder 'tim' \(did you mean 'timm'\?\)"),
     ({"type": "timm", "sorce": "x"}, r"'timm' has no field 'sorce' \(did you mean 'source'\?\)"),
     ({"type": "timm", "source": 3}, "field 'source' must be str or None, not 3"),
