@@ -21,8 +21,11 @@ def step_bias(*shape: int) -> Tensor:
 
     As `Mamba.__init__` in state-spaces/mamba, mamba_ssm/modules/mamba_simple.py.
     """
+    drawn = torch.rand(*shape)
+    if drawn.is_meta:
+        return drawn  # its operations are slow, and a model has hundreds of these
     low, high = math.log(STEP_MIN), math.log(STEP_MAX)
-    steps = torch.exp(torch.rand(*shape) * (high - low) + low).clamp(min=STEP_FLOOR)
+    steps = torch.exp(drawn * (high - low) + low).clamp(min=STEP_FLOOR)
     return steps + torch.log(-torch.expm1(-steps))  # the inverse of softplus
 
 
@@ -34,7 +37,10 @@ def step_weight(*shape: int) -> Tensor:
 
 def decay_logs(channels: int, states: int) -> Tensor:
     """Return log(1), ..., log(N) for each channel, (E, N): S4D-Real, the same file."""
-    return torch.arange(1, states + 1, dtype=torch.float32).log().repeat(channels, 1)
+    rows = torch.empty(channels, states)
+    if rows.is_meta:
+        return rows
+    return rows.copy_(torch.arange(1, states + 1, dtype=torch.float32).log())
 
 
 def linear_weight(*shape: int) -> Tensor:

@@ -3,11 +3,12 @@
 Published files are training states: a dict with the weights under "model" beside the optimizer and
 the settings of the run, an `argparse.Namespace` (Vim) or a yacs `CfgNode` (VMamba). They are
 unpickled by `torch.load(weights_only=True)`, which builds tensors and plain containers only; those
-two are the only further classes let in, the second as a plain dict.
+two are the only further classes let in, the second as an OrderedDict: yacs need not be installed.
 """
 
 import argparse
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,7 @@ PICKLES = (".pth", ".pt", ".bin")
 WEIGHT_KEYS = ("model", "state_dict")
 
 
-class _Settings(dict):
-    """Stands for `yacs.config.CfgNode`, a dict with attributes, which need not be installed."""
-
-
-SETTINGS: list[Any] = [argparse.Namespace, (_Settings, "yacs.config.CfgNode")]
+SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 
 def find_checkpoint(source: str) -> Path:
@@ -67,7 +64,8 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(SETTINGS):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        text = str(error)
+        reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
         raise UserError(f"vision encoder: cannot read the weights {file}: {reason}") from error
     nested = [content[k] for k in WEIGHT_KEYS if isinstance(content, dict) and k in content]
     state = nested[0] if nested else content

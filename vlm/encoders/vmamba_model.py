@@ -73,7 +73,8 @@ class VMamba(nn.Module):
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Return the outputs (B, H, W, D) of the stages built, of images (B, 3, S, S')."""
-        x = self.patch_embed(images.permute(0, 2, 3, 1))
+        # Channels innermost in memory from the first convolution on.
+        x = self.patch_embed(images.permute(0, 2, 3, 1).contiguous())
         outputs = []
         for stage in self.layers:
             outputs.append(stage(x))
