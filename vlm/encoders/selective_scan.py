@@ -8,9 +8,17 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from vlm.encoders.scan_backends import chunked, reference
+from vlm.encoders.scan_backends import chunked, compiled, reference
 from vlm.encoders.scan_backends.problem import Backend, ScanProblem
 from vlm.errors import UserError
+
+BACKENDS: dict[str, Backend] = {
+    "reference": reference,  # the plain loop, for tests
+    "chunked": chunked,  # nothing but PyTorch: any device, float64 too
+    "compiled": compiled,  # a C kernel for the CPU, built at first use
+}
+# What "auto" tries on a device before "chunked", the best first.
+PREFERRED = {"cpu": ("compiled",)}
 
 
 def selective_scan(
@@ -134,16 +142,26 @@ def _scan(
             softplus=softplus,
             reverse=tuple(r for r in reverse for _ in range(groups // len(reverse))),
         )
-        y, state = choose_backend(backend)(problem)
+        y, state = choose_backend(backend, problem).scan(problem)
     return y.to(u.dtype), state
 
 
-def choose_backend(name: str) -> Backend:
-    """Return the program for `backend=name`."""
-    backends = {"reference": reference.scan, "chunked": chunked.scan, "auto": chunked.scan}
-    if name not in backends:
-        raise UserError(f"selective scan: backend must be one of {list(backends)}, not {name!r}")
-    return backends[name]
+def choose_backend(name: str, problem: ScanProblem) -> Backend:
+    """Return the program for `backend=name`; for "auto" the first of its device's that is there.
+
+    Raises:
+        UserError: there is no such backend, or it cannot run here, or not on this problem.
+    """
+    if name == "auto":
+        candidates = PREFERRED.get(problem.u.device.type, ())
+        name = next((n for n in candidates if not BACKENDS[n].missing(problem)), "chunked")
+    if name not in BACKENDS:
+        raise UserError(
+            f"selective scan: backend must be auto or one of {', '.join(BACKENDS)}, not {name!r}"
+        )
+    if reason := BACKENDS[name].missing(problem):
+        raise UserError(f"selective scan: backend {name!r} cannot be used: {reason}")
+    return BACKENDS[name]
 
 
 def _check_shapes(
@@ -158,10 +176,10 @@ def _check_shapes(
     reverse: tuple[bool, ...],
 ) -> None:
     """Raise UserError unless the shapes, channels last, are those of one scan."""
-    if u.ndim != 3 or A.ndim != 2 or 0 in u.shape:
+    if u.ndim != 3 or A.ndim != 2 or 0 in (*u.shape, *A.shape):
         raise UserError(
-            "selective scan: u must have three axes, batch, channels and sequence, none of them "
-            f"empty, and A two, channels and states; got {tuple(u.shape)} and {tuple(A.shape)}"
+            "selective scan: u must have three axes, batch, channels and sequence, and A two, "
+            f"channels and states, none of them empty, not {tuple(u.shape)} and {tuple(A.shape)}"
         )
     batch, length, channels = u.shape
     states = A.shape[1]

@@ -7,12 +7,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlm.encoders.scan_backends import chunked
+from vlm.encoders.scan_backends.build_kernel import load_kernel
 from vlm.encoders.selective_scan import selective_scan, selective_scan_channels_last
 from vlm.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
-BACKENDS = ["reference", "chunked"]
+FAST = ["chunked", "compiled"]
 LENGTHS = [1, 2, 7, 197, 513]
+DIRECTIONS = [(False,), (True,), (False, True), (True, False, False)]
+LAST = selective_scan_channels_last
+
+
+@pytest.fixture(autouse=True)
+def _compiler(request):
+    """Skip tests of the compiled kernel where it cannot be built."""
+    arguments = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
+    if "compiled" in (*arguments, *request.node.name.split("_")):
+        library = load_kernel()
+        if isinstance(library, str):
+            pytest.skip(library)
 
 
 def random_scan(length, groups=1, states=4, channels=6, batch=2, dtype=torch.float64, seed=0):
@@ -37,6 +51,7 @@ def random_scan(length, groups=1, states=4, channels=6, batch=2, dtype=torch.flo
 def with_gradients(function, tensors, weights=None, **options):
     """Return y, the last state and the gradients of a weighted sum of both."""
     tensors = {k: v.detach().clone().requires_grad_() for k, v in tensors.items()}
+    options = {"delta_softplus": True, **options}
     y, state = function(**tensors, return_last_state=True, **options)
     if weights is None:
         generator = torch.Generator().manual_seed(1)
@@ -57,7 +72,7 @@ def assert_near(got, expected, values=2e-5, gradients=1e-4, rtol=1e-6):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize(
     "name", ["var", "group4_n1", "const", "plain", "nosoftplus", "stress_large_delta"]
 )
@@ -74,25 +89,206 @@ def test_golden(name, backend):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("reverse", [False, True, (False, True), (True, False, False)])
+@pytest.mark.parametrize("reverse", DIRECTIONS)
 def test_chunked_is_the_reference_in_float64(length, reverse):
-    tensors = random_scan(length, groups=3 if reverse == (True, False, False) else 1)
-    options = {"delta_softplus": True, "reverse": reverse}
-    expected = with_gradients(selective_scan_channels_last, tensors, backend="reference", **options)
-    got = with_gradients(selective_scan_channels_last, tensors, backend="chunked", **options)
+    tensors, options = random_scan(length, groups=len(reverse)), {"reverse": reverse}
+    expected = with_gradients(LAST, tensors, backend="reference", **options)
+    got = with_gradients(LAST, tensors, backend="chunked", **options)
     assert_near(got, expected, 1e-11, 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize(("block", "step"), [(1, 1), (200, 1), (1000, 200), (10**6, 10**6)])
+def test_chunked_does_not_depend_on_how_it_is_cut(monkeypatch, block, step):
+    tensors, options = random_scan(53, groups=2), {"reverse": (False, True)}
+    expected = with_gradients(LAST, tensors, backend="reference", **options)
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(chunked, "STEP_ELEMENTS", step)
+    got = with_gradients(LAST, tensors, backend="chunked", **options)
+    assert_near(got, expected, 1e-11, 1e-11, 1e-11)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("reverse", DIRECTIONS)
+@pytest.mark.parametrize(("states", "channels"), [(1, 6), (16, 18), (5, 36)])
+def test_float32_is_near_float64(backend, length, reverse, states, channels):
+    tensors = random_scan(length, len(reverse), states, channels, batch=1)
+    expected = with_gradients(LAST, tensors, backend="reference", reverse=reverse)
+    single = {name: x.float() for name, x in tensors.items()}
+    got = with_gradients(LAST, single, backend=backend, reverse=reverse)
+    # Sums over the sequence grow with it, and with them what float32 rounds away.
+    assert_near(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("without", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
+def test_options_may_be_absent(backend, without):
+    tensors = {k: v for k, v in random_scan(20).items() if k not in without}
+    neutral = {"D": torch.zeros(6), "delta_bias": torch.zeros(6)}
+    filled = tensors | {k: v.double() for k, v in neutral.items() if k in without}
+    single = {name: x.float() for name, x in tensors.items()}
+    got = with_gradients(LAST, single, backend=backend)
+    expected = with_gradients(LAST, filled, backend="reference")
+    assert_near(got, {name: expected[name] for name in got})
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_constant_and_varying_coefficients_mix(backend):
+    tensors = random_scan(20)
+    tensors["B"] = tensors["B"][0, :6, 0]
+    expected = with_gradients(LAST, tensors, backend="reference", reverse=(True, False))
+    single = {name: x.float() for name, x in tensors.items()}
+    got = with_gradients(LAST, single, backend=backend, reverse=(True, False))
+    assert_near(got, expected)
+
+
+def test_groups_of_b_and_c_may_differ():
+    tensors = random_scan(9, groups=2)
+    tensors["C"] = random_scan(9, groups=3)["C"]
+    each = {k: tensors[k].repeat_interleave(6 // tensors[k].shape[2], 2) for k in ("B", "C")}
+    assert torch.equal(LAST(**tensors), LAST(**tensors | each))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("size", [1e-6, 30.0, 1e4, 1e30])
+def test_extreme_deltas_neither_overflow_nor_vanish(backend, size):
+    """Deltas of 1e4 have decays of exp(-1e4 A): zero is right, and no quotient may notice it."""
+    tensors = random_scan(130)
+    tensors["delta"] = tensors["delta"].abs() * size
+    del tensors["delta_bias"]
+    expected = with_gradients(LAST, tensors, backend="reference", delta_softplus=False)
+    single = {name: x.float() for name, x in tensors.items()}
+    got = with_gradients(LAST, single, backend=backend, delta_softplus=False)
+    for name, want in expected.items():
+        assert got[name].isfinite().all(), name
+        bound = 2e-5 * want.abs().max().clamp(min=1e-30)
+        assert (got[name] - want).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_a_nan_is_not_hidden(backend, name):
+    tensors = {k: v.float() for k, v in random_scan(12).items()}
+    tensors[name].view(-1)[0] = float("nan")
+    assert LAST(**tensors, backend=backend).isnan().any()
+
+
+def test_growing_states_overflow_like_the_reference():
+    tensors = {k: v.float() for k, v in random_scan(30).items()}
+    tensors["A"] = -100 * tensors["A"]
+    expected = LAST(**tensors, delta_softplus=True, backend="reference")
+    assert not expected.isfinite().all()
+    got = LAST(**tensors, delta_softplus=True, backend="compiled")
+    assert torch.equal(got.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("reverse", [(False,), (False, True)])
+@pytest.mark.parametrize("constant", [False, True])
+def test_gradcheck(reverse, constant):
+    tensors = random_scan(5, len(reverse), states=2, channels=4, batch=1)
+    if constant:
+        tensors |= {name: tensors[name].new_ones(4, 2).cumsum(0) / 3 for name in ("B", "C")}
+    names = list(tensors)
+
+    def function(*values):
+        options = {"delta_softplus": True, "return_last_state": True, "backend": "chunked"}
+        return LAST(**dict(zip(names, values, strict=True)), reverse=reverse, **options)
+
+    torch.autograd.gradcheck(function, [x.requires_grad_() for x in tensors.values()])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_bfloat16_goes_in_and_out_and_float32_is_kept_between(backend):
+    tensors = {name: x.bfloat16() for name, x in random_scan(300).items()}
+    got = with_gradients(LAST, tensors, backend=backend)
+    assert got["y"].dtype == torch.bfloat16 and got["state"].dtype == torch.float32
+    assert got["grad of A"].dtype == torch.bfloat16
+    exact = {name: x.double() for name, x in tensors.items()}
+    expected = with_gradients(LAST, exact, backend="reference")
+    assert_near({"state": got["state"]}, {"state": expected["state"]})
+    assert_near({"y": got["y"]}, {"y": expected["y"]}, rtol=2**-8)  # only y itself is rounded
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_autocast_changes_nothing(backend):
+    tensors = {name: x.float() for name, x in random_scan(40).items()}
+    expected = with_gradients(LAST, tensors, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = with_gradients(LAST, tensors, backend=backend)
+    for name, want in expected.items():
+        assert torch.equal(got[name], want), name
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_strides_do_not_matter(backend):
+    """Transposed and sliced tensors, as models make them, and an expanded gradient."""
+    tensors = {name: x.float() for name, x in random_scan(21, channels=32).items()}
+    options = {"delta_softplus": True, "backend": backend}
+    expected = LAST(**tensors, **options)
+    odd = dict(tensors)
+    odd["u"] = tensors["u"].transpose(1, 2).contiguous().transpose(1, 2)
+    odd["z"] = torch.cat([tensors["z"], tensors["u"]], -1)[..., :32]
+    odd["B"] = tensors["B"].transpose(1, 3).contiguous().transpose(1, 3)
+    odd["A"] = tensors["A"].T.contiguous().T
+    torch.testing.assert_close(LAST(**odd, **options), expected)
+    u = tensors["u"].requires_grad_()
+    (of_sum,) = torch.autograd.grad(LAST(**tensors, **options).sum(), u)
+    y = LAST(**tensors, **options)
+    (of_ones,) = torch.autograd.grad(y, u, torch.ones_like(y))
+    torch.testing.assert_close(of_sum, of_ones)
 
 
 def test_reversed_scan_is_the_scan_of_the_flipped_sequence():
     tensors = random_scan(7)
     over_time = ("u", "delta", "B", "C", "z")
     flipped = {k: v.flip(1) if k in over_time else v for k, v in tensors.items()}
-    expected = selective_scan_channels_last(**flipped, backend="reference").flip(1)
-    got = selective_scan_channels_last(**tensors, backend="reference", reverse=True)
-    assert torch.equal(got, expected)
+    expected = LAST(**flipped, backend="reference").flip(1)
+    assert torch.equal(LAST(**tensors, backend="reference", reverse=True), expected)
 
 
-def test_wrong_shapes_are_named():
-    tensors = random_scan(7)
-    with pytest.raises(UserError, match=r"delta must be \(2, 7, 6\), not \(2, 6, 6\)"):
-        selective_scan_channels_last(**{**tensors, "delta": tensors["delta"][:, 1:]})
+def test_one_call_for_both_directions_of_vim():
+    """Each half of the channels is what a call of its own gives."""
+    tensors = random_scan(33, groups=2)
+    per_channel = {"A": 0, "D": 0, "delta_bias": 0}
+    halves = []
+    for half, reverse in ((0, False), (1, True)):
+        part = {k: v.chunk(2, per_channel.get(k, 2))[half] for k, v in tensors.items()}
+        halves.append(LAST(**part, delta_softplus=True, reverse=reverse))
+    together = LAST(**tensors, delta_softplus=True, reverse=(False, True))
+    torch.testing.assert_close(together, torch.cat(halves, 2), rtol=0, atol=1e-12)
+
+
+def test_compiled_gives_the_same_with_more_threads():
+    tensors = {k: v.float() for k, v in random_scan(40, channels=100, groups=2).items()}
+    one = with_gradients(LAST, tensors, backend="compiled")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        three = with_gradients(LAST, tensors, backend="compiled")
+    finally:
+        torch.set_num_threads(threads)
+    assert_near(three, one, 1e-6, 1e-5)
+
+
+def test_meta_tensors_have_shapes_only():
+    tensors = {name: x.float().to("meta") for name, x in random_scan(300).items()}
+    y, state = LAST(**tensors, return_last_state=True)
+    assert y.is_meta and y.shape == (2, 300, 6) and state.shape == (2, 6, 4)
+
+
+WRONG = [
+    ({"delta": torch.ones(2, 6, 6)}, {}, r"delta must be \(2, 7, 6\), not \(2, 6, 6\)"),
+    ({"B": torch.ones(2, 7, 4, 4)}, {}, "6 channels are no 4 equal groups"),
+    ({"u": torch.ones(2, 7)}, {}, "u must have three axes"),
+    ({"u": torch.ones(2, 0, 6)}, {}, "none of them empty"),
+    ({"A": torch.ones(6, 4, dtype=torch.complex64)}, {}, "A is complex"),
+    ({}, {"reverse": (True,) * 4}, "reverse has 4 directions for 6 channels"),
+    ({}, {"backend": "cuda"}, "must be auto or one of reference, chunked, compiled"),
+    ({}, {"backend": "compiled"}, "'compiled' cannot be used: it is for float32 on a CPU"),
+]
+
+
+@pytest.mark.parametrize(("changes", "options", "message"), WRONG)
+def test_mistakes_are_named(changes, options, message):
+    with pytest.raises(UserError, match=message):
+        LAST(**random_scan(7) | changes, **options)

@@ -4,8 +4,8 @@ Shapes: B batch, L sequence, D channels, G groups of D / G neighbouring channels
 A letter is a size in a comment and the tensor of that name in code, as in the Mamba paper.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -41,5 +41,13 @@ class ScanProblem:
     reverse: tuple[bool, ...]
 
 
-# y (B, L, D) and the state after the last step, (B, D, N).
-Backend = Callable[[ScanProblem], tuple[Tensor, Tensor]]
+class Backend(Protocol):
+    """A module of this package that computes the scan."""
+
+    def missing(self, p: ScanProblem, /) -> str:
+        """Return why it cannot run this problem here; "" if it can."""
+        ...
+
+    def scan(self, p: ScanProblem, /) -> tuple[Tensor, Tensor]:
+        """Return y (B, L, D) and the state after the last step, (B, D, N), with gradients."""
+        ...

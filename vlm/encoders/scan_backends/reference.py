@@ -13,9 +13,14 @@ from torch.nn import functional as F
 from vlm.encoders.scan_backends.problem import ScanProblem
 
 
+def missing(p: ScanProblem) -> str:
+    """Return "": it runs anywhere."""
+    return ""
+
+
 def scan(p: ScanProblem) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) and the last state (B, D, N); any floating type, any device."""
-    batch, length, channels = p.u.shape
+    batch, _, channels = p.u.shape
     bias = 0 if p.delta_bias is None else p.delta_bias
     step = F.softplus(p.delta + bias) if p.softplus else p.delta + bias
     B, C = (_per_channel(x, p) for x in (p.B, p.C))
@@ -23,10 +28,11 @@ def scan(p: ScanProblem) -> tuple[Tensor, Tensor]:
 
     state = p.u.new_zeros(batch, channels, p.A.shape[1])
     outputs = []
-    for t in range(length):
-        decay = torch.exp(step[:, t, :, None] * p.A)
-        state = decay * state + (step[:, t] * u[:, t])[..., None] * B[:, t]
-        outputs.append((C[:, t] * state).sum(-1))
+    # Views made at once: the gradient of each slice x[:, t] would be a whole x of zeros.
+    for step_t, u_t, B_t, C_t in zip(*(x.unbind(1) for x in (step, u, B, C)), strict=True):
+        decay = torch.exp(step_t[..., None] * p.A)
+        state = decay * state + (step_t * u_t)[..., None] * B_t
+        outputs.append((C_t * state).sum(-1))
     y = _in_scan_order(torch.stack(outputs, dim=1), p.reverse)
     if p.D is not None:
         y = y + p.D * p.u
