@@ -13,6 +13,7 @@ from vlm.encoders.presets import expand_preset
 from vlm.encoders.several import SeveralEncoder
 from vlm.encoders.timm_encoder import TimmEncoder
 from vlm.encoders.transformers_encoder import TransformersEncoder
+from vlm.encoders.vil import ViLEncoder
 from vlm.encoders.vim import VimEncoder
 from vlm.encoders.vmamba import VMambaEncoder
 from vlm.errors import UserError
@@ -31,6 +32,7 @@ VISION_ENCODERS: dict[str, type[VisionEncoder]] = {
     "open_clip": OpenClipEncoder,
     "vim": VimEncoder,
     "vmamba": VMambaEncoder,
+    "vil": ViLEncoder,
     "several": SeveralEncoder,
 }
 
