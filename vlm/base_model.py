@@ -19,10 +19,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from connectors import build_connector
+from vlm import recurrent_lm
 from vlm.configuration import VlmConfig
 from vlm.encoders import build_vision_encoder
 from vlm.encoders.base import restore_buffers
 from vlm.lm_head import document_starts
+from vlm.mamba_scan import use_scan
+from vlm.state_cache import state_traits
 from vlm.tiling import build_tiling
 from vlm.token_layout import images_per_row, lay_out, num_image_tokens
 
@@ -39,6 +42,16 @@ class VlmPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say that modules may be initialised as transformers' own are.
+
+        While loading, custom code has every module skipped whose own tensors came from the file or
+        that has none. A language model that fills its layers' buffers itself (Falcon-H1's
+        multipliers) would keep what lies in memory.
+        """
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as transformers does, and compute again what checkpoints do not hold."""
@@ -58,7 +71,7 @@ class VlmModel(VlmPreTrainedModel):
         self.vision_tower = build_vision_encoder(config.vision_config)
         text_dim = config.text_config.hidden_size
         self.connector = build_connector(config.connector_config, self.vision_tower.dims, text_dim)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.set_language_model(AutoModel.from_config(config.text_config))
         if self.tiling.has_newline:
             # As LLaVA-NeXT: the scale of a unit vector's entries.
             self.image_newline = nn.Parameter(torch.randn(text_dim) / text_dim**0.5)
@@ -71,6 +84,11 @@ class VlmModel(VlmPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
+
+    def set_language_model(self, language_model: PreTrainedModel) -> None:
+        """Put a bare language model in its place; Mamba-1 layers in it will run on our scan."""
+        self.language_model = use_scan(language_model)
+        self.state_traits = state_traits(language_model)  # None: attention alone
 
     def train(self, mode: bool = True) -> "VlmModel":
         """Set the mode of all parts; a frozen vision tower stays in eval mode."""
@@ -161,19 +179,35 @@ class VlmModel(VlmPreTrainedModel):
         elif self.training and (_trains_vision(self) or is_deepspeed_zero3_enabled()):
             inputs_embeds = inputs_embeds + self._blank_view_term().to(inputs_embeds)
 
-        if past_key_values is None and document_starts(position_ids, attention_mask) is not None:
-            # transformers builds the block-diagonal mask of packed documents (or the sequence
-            # lengths of flash attention) from position_ids, but only without a mask and a cache.
-            attention_mask, kwargs["use_cache"] = None, False
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+        outputs = self._run_language_model(
+            inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
         )
         outputs["image_hidden_states"] = features
         return outputs
+
+    def _run_language_model(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the language model on embeddings (B, L, E), packed documents apart."""
+        inputs: dict[str, Any] = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        if self.state_traits is not None:
+            return recurrent_lm.run(self.language_model, self.state_traits, **inputs)
+        if past_key_values is None and document_starts(position_ids, attention_mask) is not None:
+            # transformers builds the block-diagonal mask of packed documents (or the sequence
+            # lengths of flash attention) from position_ids, but only without a mask and a cache.
+            inputs |= {"attention_mask": None, "use_cache": False}
+        return self.language_model(**inputs)
 
     def with_default_grids(
         self, pixel_values: Tensor, tile_grids: Tensor | None, image_sizes: Tensor | None

@@ -28,10 +28,19 @@ def logit_transform(text_config: PreTrainedConfig) -> Callable[[Tensor], Tensor]
         case "gemma2" | "gemma3_text" | "gemma3n_text":
             cap = text_config.final_logit_softcapping
             return None if cap is None else lambda logits: torch.tanh(logits / cap) * cap
+        case "recurrent_gemma":
+            cap = text_config.logits_soft_cap
+            return lambda logits: torch.tanh(logits / cap) * cap
+        case "xlstm":
+            cap = text_config.output_logit_soft_cap
+            return lambda logits: torch.tanh(logits / cap) * cap
         case "cohere" | "cohere2":
             scale = text_config.logit_scale
             return lambda logits: logits * scale
-        case "granite" | "granitemoe":
+        case "falcon_h1":
+            multiplier = text_config.lm_head_multiplier
+            return lambda logits: logits * multiplier
+        case "granite" | "granitemoe" | "granitemoehybrid":
             divisor = text_config.logits_scaling
             return lambda logits: logits / divisor
         case _:

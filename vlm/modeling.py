@@ -8,11 +8,11 @@ Surprise: with `labels`, `logits` is None, because only supervised positions rea
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -23,6 +23,8 @@ from vlm.configuration import VlmConfig
 from vlm.encoders import VisionEncoder
 from vlm.errors import UserError
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
+from vlm.recurrent_lm import check_state_cache
+from vlm.state_cache import new_cache
 from vlm.token_layout import images_per_row
 
 
@@ -47,6 +49,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self._declare_tied_weights()
         self._transform = logit_transform(text)
+        self._is_stateful = self.model.language_model._is_stateful  # no assisted generation then
         self.post_init()
 
     def _declare_tied_weights(self) -> None:
@@ -82,7 +85,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         """
         embedding: Any = language_model.get_input_embeddings()
         if embedding.num_embeddings < vocab_size:
-            language_model.resize_token_embeddings(vocab_size, mean_resizing=False)
+            _enlarge_vocabulary(language_model, vocab_size)
         head: Any = language_model.get_output_embeddings()
         config = VlmConfig(
             vision_config=dict(vision_encoder.config),
@@ -105,7 +108,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         text_dim = language_model.config.hidden_size
         parts = model.model
         parts.vision_tower = vision_encoder
-        parts.language_model = language_model.base_model
+        parts.set_language_model(cast(PreTrainedModel, language_model.base_model))
         parts.connector = build_connector(connector_config, vision_encoder.dims, text_dim)
         parts.connector.to(language_model.device, language_model.dtype)
         if parts.tiling.has_newline:
@@ -115,6 +118,8 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         model.tie_weights()
         model.generation_config = language_model.generation_config
         model._compare_logits(language_model)
+        if parts.state_traits is not None:
+            check_state_cache(parts.language_model, parts.state_traits)
         return model
 
     @torch.no_grad()
@@ -123,10 +128,11 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         ids = torch.arange(3, device=language_model.device)[None]
         was_training = language_model.training
         language_model.eval()
-        output = language_model(ids, output_hidden_states=True, use_cache=False)
+        theirs = language_model(ids, use_cache=False).logits
+        hidden = language_model.base_model(ids, use_cache=False).last_hidden_state
         language_model.train(was_training)
-        ours = self.compute_logits(output.hidden_states[-1])
-        if not torch.allclose(ours.float(), output.logits.float(), rtol=1e-2, atol=1e-2):
+        ours = self.compute_logits(hidden)
+        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
             raise UserError(
                 f"{type(language_model).__name__} does more to its logits than its head does, "
                 "which is not known here; name the rule in vlm/lm_head.py"
@@ -230,6 +236,27 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs["image_hidden_states"],
         )
 
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """Make the cache of a language model without attention, which transformers takes for one.
+
+        It goes by the name of the class, and this class may hold any language model.
+        """
+        traits = self.model.state_traits
+        if (
+            traits is not None
+            and not traits.has_keys
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and model_kwargs.get("past_key_values") is None
+        ):
+            model_kwargs["past_key_values"] = new_cache(self.model.language_model, traits)
+            return
+        super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            generation_config, model_kwargs, *args
+        )
+
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
@@ -292,3 +319,21 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             "tile_grids": tile_grids[order],
             "image_sizes": image_sizes[order],
         }
+
+
+def _enlarge_vocabulary(language_model: PreTrainedModel, vocab_size: int) -> None:
+    """Add random rows to the embedding and the head."""
+    if language_model.config.model_type != "xlstm":
+        language_model.resize_token_embeddings(vocab_size, mean_resizing=False)
+        return
+    # transformers 5.23 cannot: xLSTM's `_init_weights` fills the old embedding, not the new one.
+    embedding = cast(nn.Embedding, language_model.get_input_embeddings())
+    head = cast(nn.Linear, language_model.get_output_embeddings())
+    num_new, dim = vocab_size - embedding.num_embeddings, embedding.embedding_dim
+    tied = head.weight is embedding.weight
+    for module in (embedding, head):
+        rows = torch.randn(num_new, dim) * (2 / (5 * dim)) ** 0.5  # its own initialisation
+        module.weight = nn.Parameter(torch.cat([module.weight.detach(), rows.to(module.weight)]))
+    if tied:
+        head.weight = embedding.weight
+    embedding.num_embeddings = head.out_features = language_model.config.vocab_size = vocab_size
