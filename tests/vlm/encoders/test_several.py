@@ -10,7 +10,12 @@ from PIL import Image, ImageDraw
 from torch.nn.functional import interpolate
 
 from connectors.config import config_from_mapping
-from vlm.encoders import VISION_ENCODERS, build_vision_encoder, load_vision_encoder
+from vlm.encoders import (
+    VISION_ENCODERS,
+    build_vision_encoder,
+    load_vision_encoder,
+    several,
+)
 from vlm.encoders.presets import HALF, OPENAI
 from vlm.encoders.several import SeveralEncoder, SeveralEncoderConfig, fit_views, join_layers
 from vlm.errors import UserError
@@ -198,10 +203,18 @@ def test_layers_are_joined_in_their_order_at_the_finest():
     assert join_layers([coarse, fine], None).shape == (1, 4, 4, 4)
 
 
-def test_features_of_half_precision_are_resized_in_float32():
+def test_features_of_half_precision_are_resized_in_float32(monkeypatch):
+    # Not to be seen in the result: the CPU's own function converts as well.
+    types = []
+
+    def spy(features, *args, **kwargs):
+        types.append(features.dtype)
+        return interpolate(features, *args, **kwargs)
+
+    monkeypatch.setattr(several, "interpolate", spy)
     features = torch.randn(1, 7, 7, 5).bfloat16()
     joined = join_layers([features], 4)
-    assert joined.dtype == torch.bfloat16
+    assert joined.dtype == torch.bfloat16 and types == [torch.float32]
     assert torch.equal(joined, join_layers([features.float()], 4).bfloat16())
 
 
