@@ -6,37 +6,42 @@ from torch import Tensor
 
 from connectors.base import Connector
 from connectors.errors import UserError
+from connectors.key_table import KeyTable, Layout
 from connectors.registry import lookup
+
+Table = Mapping[str, str | Layout]
 
 
 def from_published(connector: Connector, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the connector's state dict out of a published checkpoint's.
 
     The format is recognised by its keys, whatever stands before them (`model.mm_projector.0.weight`
-    and `mm_projector.0.weight` are one); keys of the rest of the model are passed over. The result
-    is complete: load it with `connector.load_state_dict(result)`.
+    and `mm_projector.0.weight` are one); keys of the rest of the model are passed over. Of several
+    formats the one whose keys fit best is taken. The result is complete: load it with
+    `connector.load_state_dict(result)`.
 
     Raises:
         UserError: no known format fits, a weight is missing or left over, or a shape differs.
     """
     tables = type(connector).key_tables(connector.config)
     name = type(connector).__name__
-    for table in tables.values():
-        found = _keys_under(_root(table), state)
-        if not found:
-            continue
-        if wrong := sorted(set(found) ^ set(table)):
-            raise UserError(
-                f"the checkpoint's connector does not fit {name} with {connector.config}: "
-                f"{', '.join(wrong)} stand only in one of the two"
-            )
-        own = {table[theirs]: state[key] for theirs, key in found.items()}
-        _check_shapes(connector, own)
-        return own
-    raise UserError(
-        f"the checkpoint holds no connector that {name} with {connector.config} knows; "
-        f"it looks for keys under {', '.join(sorted(map(_root, tables.values()))) or 'none'}"
-    )
+    candidates = [(table, find_keys(table, state)) for table in tables.values()]
+    candidates = [(table, found) for table, found in candidates if found]
+    if not candidates:
+        roots = sorted({root + "." for table in tables.values() for root in roots_of(table)})
+        raise UserError(
+            f"the checkpoint holds no connector that {name} with {connector.config} knows; "
+            f"it looks for keys under {', '.join(roots) or 'none'}"
+        )
+    table, found = min(candidates, key=lambda candidate: len(set(candidate[0]) ^ set(candidate[1])))
+    if wrong := sorted(set(found) ^ set(table)):
+        raise UserError(
+            f"the checkpoint's connector does not fit {name} with {connector.config}: "
+            f"{', '.join(wrong)} stand only in one of the two"
+        )
+    own = translate(table, {theirs: state[key] for theirs, key in found.items()})
+    _check_shapes(connector.state_dict(), own)
+    return own
 
 
 def to_published(connector: Connector, format_name: str) -> dict[str, Tensor]:
@@ -47,32 +52,58 @@ def to_published(connector: Connector, format_name: str) -> dict[str, Tensor]:
     """
     tables = type(connector).key_tables(connector.config)
     table = lookup(f"checkpoint format of {type(connector).__name__}", format_name, tables)
-    state = connector.state_dict()
-    return {theirs: state[ours] for theirs, ours in table.items()}
+    return translate_back(table, connector.state_dict())
 
 
-def _root(table: Mapping[str, str]) -> str:
-    """Return the dotted names that all published keys of one format begin with, and a dot."""
+def translate(table: Table, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return {our key: tensor} of those published tensors that the table names."""
+    own: dict[str, Tensor] = {}
+    for key, tensor in theirs.items():
+        ours = table[key]
+        if isinstance(ours, str):
+            own[ours] = tensor
+        else:
+            own.update(zip(ours.names, ours.split(tensor), strict=True))
+    return own
+
+
+def translate_back(table: Table, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return {published key: tensor} of all keys of the table."""
+    return {
+        key: own[ours] if isinstance(ours, str) else ours.join([own[name] for name in ours.names])
+        for key, ours in table.items()
+    }
+
+
+def roots_of(table: Table) -> tuple[str, ...]:
+    """Return the dotted names that are the connector's, declared or common to all keys."""
+    if isinstance(table, KeyTable) and table.roots:
+        return table.roots
     first, last = (key.split(".") for key in (min(table), max(table)))
     count = 0
     while count < len(first) - 1 and first[count] == last[count]:
         count += 1
-    return ".".join(first[:count]) + "."
+    assert count, f"keys {min(table)} and {max(table)} have no root in common; declare the roots"
+    return (".".join(first[:count]),)
 
 
-def _keys_under(root: str, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return {published key, begun at `root`: key in the checkpoint}."""
+def find_keys(table: Table, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return {published key, begun at its root: key in the checkpoint}."""
+    ignored = table.ignored if isinstance(table, KeyTable) else frozenset()
     found = {}
     for key in state:
-        before, here, rest = key.partition(root)
-        if here and (not before or before.endswith(".")):
-            found[root + rest] = key
+        dotted = f".{key}."
+        for root in roots_of(table):
+            before, here, rest = dotted.partition(f".{root}.")
+            published = f"{root}.{rest}".rstrip(".")
+            if here and published not in ignored:
+                found[published] = key
     return found
 
 
-def _check_shapes(connector: Connector, own: Mapping[str, Tensor]) -> None:
+def _check_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Refuse weights made for other widths, with both shapes."""
-    for name, expected in connector.state_dict().items():
+    for name, expected in state.items():
         if own[name].shape != expected.shape:
             raise UserError(
                 f"the checkpoint's connector weight for {name!r} has shape "

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from connectors import build_connector
+from connectors import Connector, ConnectorConfig, build_connector
 from connectors.checkpoint_keys import from_published, to_published
 from connectors.errors import UserError
 
@@ -59,3 +59,36 @@ def test_unknown_format_names_the_known_ones():
 def test_old_token_order_has_no_port():
     connector = make(type="pixel_shuffle", version="v1")
     assert set(type(connector).key_tables(connector.config)) == {"internvl"}
+
+
+class _Scattered(Connector[ConnectorConfig]):
+    """Its published weights lie in two modules and a bare parameter, as Cambrian's do."""
+
+    def __init__(self):
+        super().__init__(ConnectorConfig(), [2], 2)
+        self.query = torch.nn.Parameter(torch.randn(2))
+        self.first, self.last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    @classmethod
+    def key_tables(cls, config):
+        names = ("weight", "bias")
+        table = {f"aux_0.{n}": f"first.{n}" for n in names}
+        return {"them": {**table, **{f"proj.{n}": f"last.{n}" for n in names}, "query": "query"}}
+
+
+def test_weights_of_several_modules_are_found_among_others():
+    connector = _Scattered()
+    state = {f"base.model.{k}": v for k, v in to_published(connector, "them").items()}
+    others = ("query.bias", "my_query", "model.queries", "aux_1.weight", "vision.projection.weight")
+    found = from_published(connector, {**state, **{key: torch.zeros(3) for key in others}})
+    assert set(found) == set(connector.state_dict())
+    assert all(torch.equal(found[key], value) for key, value in connector.state_dict().items())
+
+
+def test_left_over_weights_of_several_modules_are_named():
+    connector = _Scattered()
+    state = {**to_published(connector, "them"), "model.aux_0.2.weight": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"aux_0\.2\.weight stand only"):
+        from_published(connector, state)
+    with pytest.raises(UserError, match=r"keys under aux_0\., proj\., query$"):
+        from_published(connector, {"lm_head.weight": torch.zeros(1)})
