@@ -131,7 +131,9 @@ def read_architecture(config: VimEncoderConfig) -> VimArchitecture:
         raise UserError(f"vision encoder 'vim': architecture's numbers must be positive, not {a}")
     stride = a.patch_size if a.stride is None else a.stride
     grid = a.position_grid or patch_grid((size, size), a.patch_size, stride)
-    rank = math.ceil(a.embed_dim / 16) if a.step_rank is None else a.step_rank
+    rank = a.step_rank
+    if rank is None and a.mixer == "mamba":
+        rank = math.ceil(a.embed_dim / 16)
     return replace(a, stride=stride, position_grid=grid, step_rank=rank)
 
 

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.encoders.position_resize import Rule, class_token_places, insert_tokens, resize_positions
+from vlm.encoders.ssd_mixer import Mamba2Mixer
 from vlm.encoders.vim_mixer import Directions, MambaMixer
+from vlm.errors import UserError
 
 ClassToken = Literal["middle", "head", "double", "none"]
 
@@ -56,6 +58,18 @@ class VimArchitecture:
     class_token: ClassToken = "middle"
     layer_scale: float | None = None  # first value of `gamma`; None: no such factor
     norm_eps: float = 1e-5
+    mixer: Literal["mamba", "mamba2"] = "mamba"  # "mamba2": see ssd_mixer.py
+    head_dim: int = 64  # channels of a head, for "mamba2"
+    groups: int = 1  # of heads that share B and C, for "mamba2"
+
+    def __post_init__(self) -> None:
+        plain = self.divide_out and self.layer_scale is None and self.step_rank is None
+        if self.mixer == "mamba2" and (self.directions == "v1" or not plain):
+            raise UserError(
+                "Vim: mixer 'mamba2' has directions 'v2' (averaged) or 'none' and no layer_scale "
+                f"or step_rank, not directions {self.directions!r}, divide_out "
+                f"{self.divide_out}, layer_scale {self.layer_scale}, step_rank {self.step_rank}"
+            )
 
 
 def patch_grid(size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
@@ -214,22 +228,18 @@ class Vim(nn.Module):
         return [remove_tokens(x, places).unflatten(1, grid).to(dtype) for x in maps]
 
 
-def make_mixer(a: VimArchitecture) -> MambaMixer:
+def make_mixer(a: VimArchitecture) -> MambaMixer | Mamba2Mixer:
     """Return a block's mixer with new weights; its output is scaled down for the depth, as GPT-2's.
 
     The reference's `_init_weights` divides `out_proj` by sqrt(depth), one residual a layer.
     """
-    return MambaMixer(
-        a.embed_dim,
-        a.state_dim,
-        a.conv_width,
-        a.expand,
-        a.step_rank,
-        a.directions,
-        a.divide_out,
-        a.layer_scale,
-        out_gain=a.depth**-0.5,
-    )
+    shape = (a.embed_dim, a.state_dim, a.conv_width, a.expand)
+    gain = a.depth**-0.5
+    if a.mixer == "mamba2":
+        assert a.directions != "v1", a
+        return Mamba2Mixer(*shape, a.head_dim, a.groups, a.directions, gain, a.norm_eps)
+    options = (a.step_rank, a.directions, a.divide_out, a.layer_scale)
+    return MambaMixer(*shape, *options, out_gain=gain)
 
 
 def remove_tokens(x: Tensor, places: Sequence[int]) -> Tensor:

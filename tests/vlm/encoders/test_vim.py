@@ -6,20 +6,16 @@ import json
 import pytest
 import torch
 
-from vlm.encoders import VISION_ENCODERS, build_vision_encoder, load_vision_encoder
+from vlm.encoders import build_vision_encoder, load_vision_encoder
 from vlm.encoders.position_resize import resize_positions
-from vlm.encoders.vim import ARCHITECTURES, VimEncoder
+from vlm.encoders.ssd_mixer import Mamba2Mixer
+from vlm.encoders.vim import ARCHITECTURES
 from vlm.encoders.vim_blocks import Block, drop_path, drop_rates, patch_grid, remove_tokens
 from vlm.encoders.vim_mixer import MambaMixer, look_ahead, look_back
 from vlm.errors import UserError
 
 TINY = {"embed_dim": 16, "depth": 3, "patch_size": 8, "state_dim": 4}
 CONFIG = {"type": "vim", "image_size": 32, "architecture": TINY}
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(VISION_ENCODERS, "vim", VimEncoder)
 
 
 def published(folder, randomise, grid=(4, 4), **changes):
@@ -202,6 +198,20 @@ def test_backward_direction_is_the_forward_one_on_the_flipped_sequence(randomise
     torch.testing.assert_close(twin(x.flip(1)).flip(1), mixer(x), atol=1e-4, rtol=1e-4)
 
 
+def test_mamba2_in_the_place_of_the_mixer(randomise, pictures):
+    architecture = {**TINY, "mixer": "mamba2", "head_dim": 8, "groups": 2}
+    encoder = randomise(build_vision_encoder({**CONFIG, "architecture": architecture}))
+    assert {type(block.mixer) for block in encoder.model.layers} == {Mamba2Mixer}
+    images = pictures(encoder).requires_grad_()
+    (features,) = encoder(images)
+    assert features.shape == (2, 4, 4, 16)
+    features.pow(3).sum().backward()
+    assert [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
+    again = build_vision_encoder(encoder.config)
+    again.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(again(images)[0], features)
+
+
 def test_weights_in_bf16_keep_the_residual_in_float32(randomise):
     model = randomise(build_vision_encoder(CONFIG).eval()).model
     images = torch.randn(1, 3, 32, 32)
@@ -300,6 +310,8 @@ BAD = [
     ({"architecture": {"depth": 2}}, "architecture needs the field 'embed_dim'"),
     ({"architecture": {**TINY, "class_token": "tail"}}, "field 'class_token' must be one of"),
     ({"architecture": {**TINY, "depth": 0}}, "numbers must be positive"),
+    ({"architecture": {**TINY, "mixer": "mamba2", "directions": "v1"}}, "mixer 'mamba2' has dir"),
+    ({"architecture": {**TINY, "mixer": "mamba2", "head_dim": 24}}, "do not divide 32 inner"),
     ({"image_size": 36}, "do not fill image_size 36; 32 and 40 would do"),
     ({"image_size": 4}, "do not fill image_size 4; 8 and 16 would do"),
     ({"layer": -4}, "layer -4 of the architecture does not exist; it has 3 layers"),

@@ -5,9 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from vlm.configuration import VlmConfig
-from vlm.encoders import VISION_ENCODERS, build_vision_encoder
-from vlm.encoders.vim import VimEncoder
-from vlm.encoders.vmamba import VMambaEncoder
+from vlm.encoders import build_vision_encoder
 from vlm.loading import assemble
 from vlm.modeling import VlmForConditionalGeneration
 
@@ -17,18 +15,23 @@ CONFIGS = {
         "image_size": 32,
         "architecture": {"embed_dim": 16, "depth": 2, "patch_size": 8, "layer_scale": 0.1},
     },
+    "vim_mamba2": {
+        "type": "vim",
+        "image_size": 32,
+        "architecture": {
+            "embed_dim": 16,
+            "depth": 2,
+            "patch_size": 8,
+            "mixer": "mamba2",
+            "head_dim": 8,
+        },
+    },
     "vmamba": {
         "type": "vmamba",
         "image_size": 64,
         "architecture": {"depths": [1, 1, 1], "dims": [8, 16, 24], "conv_bias": True},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(VISION_ENCODERS, "vim", VimEncoder)
-    monkeypatch.setitem(VISION_ENCODERS, "vmamba", VMambaEncoder)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

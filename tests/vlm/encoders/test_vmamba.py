@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from vlm.encoders import VISION_ENCODERS, build_vision_encoder, load_vision_encoder
-from vlm.encoders.vmamba import ARCHITECTURES, FILE_NAMES, VMambaEncoder
+from vlm.encoders import build_vision_encoder, load_vision_encoder
+from vlm.encoders.vmamba import ARCHITECTURES, FILE_NAMES
 from vlm.encoders.vmamba_blocks import VMambaArchitecture, VSSBlock, make_downsample
 from vlm.encoders.vmamba_keys import from_published, rename
 from vlm.encoders.vmamba_model import VMamba, map_shapes, repeat_to
@@ -16,11 +16,6 @@ from vlm.errors import UserError
 TINY = {"depths": (1, 1, 2), "dims": (8, 12, 16), "ssm_ratio": 1.0}
 OLDEST = {"forward_type": "v0", "stem": "v1", "downsample": "v1", "mlp_ratio": 0.0}
 CONFIG = {"type": "vmamba", "image_size": 64, "architecture": TINY}
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(VISION_ENCODERS, "vmamba", VMambaEncoder)
 
 
 def tiny(randomise, **changes):
