@@ -28,7 +28,13 @@ def from_published(connector: Connector, state: Mapping[str, Tensor]) -> dict[st
     candidates = [(table, find_keys(table, state)) for table in tables.values()]
     candidates = [(table, found) for table, found in candidates if found]
     if not candidates:
-        roots = sorted({root + "." for table in tables.values() for root in roots_of(table)})
+        roots = sorted(
+            {
+                root if root in table else f"{root}."
+                for table in tables.values()
+                for root in roots_of(table)
+            }
+        )
         raise UserError(
             f"the checkpoint holds no connector that {name} with {connector.config} knows; "
             f"it looks for keys under {', '.join(roots) or 'none'}"
@@ -76,15 +82,19 @@ def translate_back(table: Table, own: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def roots_of(table: Table) -> tuple[str, ...]:
-    """Return the dotted names that are the connector's, declared or common to all keys."""
+    """Return the dotted names that are the connector's.
+
+    Declared by the table; else what all its keys begin with, or the first name of each.
+    """
     if isinstance(table, KeyTable) and table.roots:
         return table.roots
     first, last = (key.split(".") for key in (min(table), max(table)))
     count = 0
     while count < len(first) - 1 and first[count] == last[count]:
         count += 1
-    assert count, f"keys {min(table)} and {max(table)} have no root in common; declare the roots"
-    return (".".join(first[:count]),)
+    if count:
+        return (".".join(first[:count]),)
+    return tuple(sorted({key.partition(".")[0] for key in table}))
 
 
 def find_keys(table: Table, state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -94,9 +104,10 @@ def find_keys(table: Table, state: Mapping[str, Tensor]) -> dict[str, str]:
     for key in state:
         dotted = f".{key}."
         for root in roots_of(table):
-            before, here, rest = dotted.partition(f".{root}.")
-            published = f"{root}.{rest}".rstrip(".")
-            if here and published not in ignored:
+            # A key that is itself a root has nothing below it: `query` is not `query.bias`.
+            place = dotted.rfind(f".{root}.") if root in table else dotted.find(f".{root}.")
+            published = dotted[place + 1 : -1]
+            if place >= 0 and published not in ignored and (root not in table or published == root):
                 found[published] = key
     return found
 

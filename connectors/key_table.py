@@ -1,7 +1,7 @@
 """How is one published weight laid out against ours, where a new name alone is not enough?
 
-A key table maps each published key to a string, our name of the same tensor, or to a `Layout`, which
-cuts the published tensor into ours and joins ours into it again. Both directions are exact.
+A key table maps each published key to a string, our name of the same tensor, or to a `Layout`,
+which cuts the published tensor into ours and joins ours again. Both directions are exact.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
