@@ -96,8 +96,8 @@ class ScanMixer(nn.Module):
         length, state = hidden_states.shape[1], None
         if cache_params is not None:
             state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
-        has_kernels = hidden_states.is_cuda and find_spec("mamba_ssm") is not None
-        if (state is not None and length == 1) or (state is None and has_kernels):
+        fused = state is None and hidden_states.is_cuda and self._can_be_fused()
+        if fused or (state is not None and length == 1):
             return super().forward(hidden_states, cache_params, attention_mask, **kwargs)
 
         x, z = self.split_input(self.in_proj(_masked(hidden_states, attention_mask)))  # (B, L, D)
@@ -123,6 +123,14 @@ class ScanMixer(nn.Module):
             last = last.unflatten(1, self.A_log.shape[:-1])
             cache_params.update_recurrent_state(last, self.layer_idx)
         return self.out_proj((y * F.silu(z)).to(hidden_states.dtype))
+
+    def _can_be_fused(self) -> bool:
+        """Return whether mamba_ssm's one kernel for all of the mixer is there and gives its result.
+
+        It takes the weights of the projections, and so passes adapters (modules in modules) by.
+        """
+        adapted = any(True for child in self.children() for _ in child.children())
+        return not adapted and find_spec("mamba_ssm") is not None
 
     def _convolve(self, x: Tensor, cache: Cache | None) -> Tensor:
         """Apply the causal convolution to (B, L, D), after the inputs that a cache holds."""
