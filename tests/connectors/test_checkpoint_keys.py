@@ -6,6 +6,7 @@ import torch
 from connectors import Connector, ConnectorConfig, build_connector
 from connectors.checkpoint_keys import from_published, to_published
 from connectors.errors import UserError
+from connectors.key_table import KeyTable
 
 
 def make(**config):
