@@ -8,7 +8,13 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from vlm.encoders.scan_backends import chunked, compiled, reference
+from vlm.encoders.scan_backends import (
+    chunked,
+    compiled,
+    mamba_ssm_backend,
+    reference,
+    triton_backend,
+)
 from vlm.encoders.scan_backends.problem import Backend, ScanProblem
 from vlm.errors import UserError
 
@@ -16,9 +22,11 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference,  # the plain loop, for tests
     "chunked": chunked,  # nothing but PyTorch: any device, float64 too
     "compiled": compiled,  # a C kernel for the CPU, built at first use
+    "triton": triton_backend,
+    "mamba_ssm": mamba_ssm_backend,
 }
 # What "auto" tries on a device before "chunked", the best first.
-PREFERRED = {"cpu": ("compiled",)}
+PREFERRED = {"cpu": ("compiled",), "cuda": ("mamba_ssm", "triton")}
 
 
 def selective_scan(

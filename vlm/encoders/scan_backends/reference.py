@@ -24,7 +24,7 @@ def scan(p: ScanProblem) -> tuple[Tensor, Tensor]:
     bias = 0 if p.delta_bias is None else p.delta_bias
     step = F.softplus(p.delta + bias) if p.softplus else p.delta + bias
     B, C = (_per_channel(x, p) for x in (p.B, p.C))
-    u, step, B, C = (_in_scan_order(x, p.reverse) for x in (p.u, step, B, C))
+    u, step, B, C = (in_scan_order(x, p.reverse) for x in (p.u, step, B, C))
 
     state = p.u.new_zeros(batch, channels, p.A.shape[1])
     outputs = []
@@ -33,7 +33,7 @@ def scan(p: ScanProblem) -> tuple[Tensor, Tensor]:
         decay = torch.exp(step_t[..., None] * p.A)
         state = decay * state + (step_t * u_t)[..., None] * B_t
         outputs.append((C_t * state).sum(-1))
-    y = _in_scan_order(torch.stack(outputs, dim=1), p.reverse)
+    y = in_scan_order(torch.stack(outputs, dim=1), p.reverse)
     if p.D is not None:
         y = y + p.D * p.u
     return (y if p.z is None else y * F.silu(p.z)), state
@@ -46,7 +46,7 @@ def _per_channel(x: Tensor, p: ScanProblem) -> Tensor:
     return x.repeat_interleave(p.u.shape[2] // x.shape[2], dim=2)
 
 
-def _in_scan_order(x: Tensor, reverse: tuple[bool, ...]) -> Tensor:
+def in_scan_order(x: Tensor, reverse: tuple[bool, ...]) -> Tensor:
     """Flip (B, L, D, ...) along the sequence in the groups that are reversed; its own inverse."""
     parts = x.chunk(len(reverse), dim=2)
     return torch.cat(
