@@ -7,9 +7,13 @@ from typing import Any
 from connectors.base import Connector, ConnectorConfig
 from connectors.config import config_from_mapping
 from connectors.errors import UserError
+from connectors.idefics2_perceiver import Idefics2PerceiverConnector
 from connectors.linear import LinearConnector
+from connectors.minicpm_resampler import MiniCPMResamplerConnector
 from connectors.mlp import MLPConnector
+from connectors.perceiver import PerceiverConnector
 from connectors.pixel_shuffle import PixelShuffleConnector
+from connectors.qwen_vl import QwenVLConnector
 from connectors.registry import lookup
 
 __all__ = [
@@ -22,9 +26,13 @@ __all__ = [
 ]
 
 CONNECTORS: dict[str, type[Connector]] = {
+    "idefics2_perceiver": Idefics2PerceiverConnector,
     "linear": LinearConnector,
+    "minicpm_resampler": MiniCPMResamplerConnector,
     "mlp": MLPConnector,
+    "perceiver": PerceiverConnector,
     "pixel_shuffle": PixelShuffleConnector,
+    "qwen_vl": QwenVLConnector,
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from connectors.errors import UserError
+from connectors.key_table import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,10 @@ class Connector(nn.Module, Generic[C]):
         return self.project(features)
 
     @classmethod
-    def key_tables(cls, config: C) -> Mapping[str, Mapping[str, str]]:
+    def key_tables(cls, config: C) -> Mapping[str, Mapping[str, str | Layout]]:
         """Return, per published format, its checkpoint keys and our own: {format: {theirs: ours}}.
+
+        Ours is a name, or a layout (connectors/key_table.py) where the tensors differ in shape.
 
         Empty where no such checkpoint is known. `connectors.checkpoint_keys` translates with them.
         """

@@ -104,3 +104,18 @@ def describe_type(hint: Any) -> str:
     if hint is type(None):
         return "None"
     return hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
+
+
+def check_positive(where: str, **values: int) -> None:
+    """Refuse numbers below 1.
+
+    Args:
+        where: what they configure, for the message, such as "connector 'mlp'".
+        values: field name -> number.
+
+    Raises:
+        UserError: one of them is below 1.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{where}: {name} must be at least 1, not {value}")
