@@ -9,10 +9,10 @@ Surprise: an encoder smaller than the largest sees views that were resized twice
 and here. `tests/vlm/encoders/test_several.py` says how far that is from resizing the image once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
 
     type_name = "several"
     config_class = SeveralEncoderConfig
+    needs_source: ClassVar[bool] = False  # its encoders have theirs
 
     def __init__(
         self, config: SeveralEncoderConfig, encoders: Sequence[VisionEncoder] | None = None
@@ -63,7 +64,9 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
         """Build the encoders of a resolved config, or take loaded ones."""
         super().__init__(config)
         if encoders is None:
-            encoders = [_build(part) for part in config.encoders]
+            from vlm.encoders import build_vision_encoder  # it imports this module
+
+            encoders = [build_vision_encoder(part) for part in config.encoders]
         self.encoders = nn.ModuleList(encoders)
         self.sides = config.sides
         self.downscale: Downscale = config.downscale
@@ -71,20 +74,22 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
         sides = zip(finest, self.sides, strict=True)
         grids = tuple(grid if side is None else (side, side) for grid, side in sides)
         dims = tuple(sum(encoder.dims) for encoder in encoders)
-        self.settle(replace(config, grids=grids, dims=dims))
+        # With what was measured: under ZeRO-3 the parameters are empty the next time.
+        pairs = zip(encoders, config.encoders, strict=True)
+        parts = tuple({**encoder.config, "source": part["source"]} for encoder, part in pairs)
+        self.settle(replace(config, encoders=parts, grids=grids, dims=dims))
 
     @classmethod
     def resolve(cls, config: SeveralEncoderConfig) -> SeveralEncoderConfig:
-        """Return the config with every encoder's resolved; those that are not are built empty."""
+        """Return the config with every encoder's resolved, and the views' size, mean and std."""
+        from vlm.encoders import parse_encoder_config  # it imports this module
+
         check(config)
         parts = []
-        for part in map(expand_preset, config.encoders):
-            measured = all(part.get(name) is not None for name in MEASURED)
-            if not measured:
-                with torch.device("meta"):
-                    part = _build(part).config
-            parts.append(part)
-        return _with_parts(config, parts)
+        for part in config.encoders:
+            encoder_class, parsed = parse_encoder_config(part)
+            parts.append(encoder_class.resolve(parsed).to_dict(encoder_class.type_name))
+        return with_parts(config, parts)
 
     @classmethod
     def load(cls, config: SeveralEncoderConfig, dtype: torch.dtype) -> Self:
@@ -92,22 +97,20 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
         from vlm.encoders import load_vision_encoder  # it imports this module
 
         check(config)
-        parts = [expand_preset(part) for part in config.encoders]
-        sources = [part.get("source") for part in parts]
-        if config.source is not None:
-            if not (Path(config.source) / CONFIG_FILE).is_file():
-                raise UserError(
-                    f"vision encoder 'several': {config.source!r} is no folder saved by it; set a "
-                    "source in each of 'encoders' instead"
-                )
-            sources = [str(part_folder(config.source, i)) for i in range(len(parts))]
-        loaded, resolved = [], []
-        for part, source in zip(parts, sources, strict=True):
+        if config.source is not None and not (Path(config.source) / CONFIG_FILE).is_file():
+            raise UserError(
+                f"vision encoder 'several': {config.source!r} is no folder saved by it; set a "
+                "source in each of 'encoders' instead"
+            )
+        encoders, parts = [], []
+        for i, part in enumerate(map(expand_preset, config.encoders)):
             values = {key: value for key, value in part.items() if key not in MEASURED}
-            loaded.append(load_vision_encoder({**values, "source": source}, dtype))
-            # Where the weights came from at first, not the folder that passed them on.
-            resolved.append({**loaded[-1].config, "source": part.get("source")})
-        return cls(_with_parts(config, resolved), loaded)
+            if config.source is not None:
+                values["source"] = str(part_folder(config.source, i))
+            encoders.append(load_vision_encoder(values, dtype))
+            # Weights came from where the config says, even if a saved folder has passed them on.
+            parts.append({**encoders[-1].config, "source": part.get("source")})
+        return cls(with_parts(config, parts), encoders)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all encoders; a frozen one beside trained ones stays in eval mode."""
@@ -133,6 +136,16 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
         for i, encoder in enumerate(self.encoders):
             assert isinstance(encoder, VisionEncoder)
             encoder.save_pretrained(part_folder(folder, i))
+
+
+def with_parts(config: SeveralEncoderConfig, parts: Sequence[dict]) -> SeveralEncoderConfig:
+    """Return the config with the encoders' resolved ones, and the views' size, mean and std."""
+    found = {
+        "image_size": max(part["image_size"] for part in parts),
+        "image_mean": tuple(parts[0]["image_mean"]),
+        "image_std": tuple(parts[0]["image_std"]),
+    }
+    return fill(replace(config, encoders=tuple(parts)), found)
 
 
 def check(config: SeveralEncoderConfig) -> None:
@@ -217,22 +230,3 @@ def _resize(features: Tensor, grid: tuple[int, ...]) -> Tensor:
     channels_first = features.permute(0, 3, 1, 2).float()
     resized = interpolate(channels_first, grid, mode="bilinear", align_corners=False)
     return resized.permute(0, 2, 3, 1).to(features.dtype)
-
-
-def _build(part: Mapping[str, Any]) -> VisionEncoder:
-    """Build one encoder with new weights."""
-    from vlm.encoders import build_vision_encoder  # it imports this module
-
-    return build_vision_encoder(expand_preset(part))
-
-
-def _with_parts(
-    config: SeveralEncoderConfig, parts: Sequence[dict[str, Any]]
-) -> SeveralEncoderConfig:
-    """Return the config with the parts' resolved configs, and the views' size, mean and std."""
-    found = {
-        "image_size": max(part["image_size"] for part in parts),
-        "image_mean": tuple(parts[0]["image_mean"]),
-        "image_std": tuple(parts[0]["image_std"]),
-    }
-    return fill(replace(config, encoders=tuple(parts)), found)

@@ -122,6 +122,7 @@ def test_pixels_are_what_timm_has_on_record(name):
     assert row.source is not None
     record = timm.get_pretrained_cfg(row.source)
     assert record is not None and (tuple(record.mean), tuple(record.std)) == row.pixels
+    assert record.hf_hub_id  # there are weights to load
     if not name.startswith("convnext"):  # trained at 256 and 320, used at more
         assert record.input_size[-1] == row.image_size
 

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from connectors.config import config_from_mapping
 from vlm.encoders import (
     VISION_ENCODERS,
+    VisionEncoder,
     build_vision_encoder,
     load_vision_encoder,
     several,
@@ -300,6 +301,17 @@ def test_each_from_its_own_source_in_one_type(make, config, tmp_path):
     assert [part["source"] for part in again.config["encoders"]] == [
         part["source"] for part in parts
     ]
+
+
+@pytest.mark.skipif(
+    not hasattr(VisionEncoder, "needs_source"), reason="load_vision_encoder asks for one source"
+)
+def test_loaded_without_a_source_beside_the_encoders(make, tmp_path):
+    make().encoders[0].save_pretrained(tmp_path)
+    part = {"type": "timm", "source": str(tmp_path)}
+    assert load_vision_encoder({"type": "several", "encoders": [part]}).dims == (16,)
+    with pytest.raises(UserError, match="'timm' needs a 'source' to load from"):
+        load_vision_encoder({"type": "several", "encoders": [{**part, "source": None}]})
 
 
 def test_parts_may_be_presets():
