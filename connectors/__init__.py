@@ -15,6 +15,7 @@ from connectors.perceiver import PerceiverConnector
 from connectors.pixel_shuffle import PixelShuffleConnector
 from connectors.qwen_vl import QwenVLConnector
 from connectors.registry import lookup
+from connectors.sva import SVAConnector
 
 __all__ = [
     "CONNECTORS",
@@ -33,6 +34,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "perceiver": PerceiverConnector,
     "pixel_shuffle": PixelShuffleConnector,
     "qwen_vl": QwenVLConnector,
+    "sva": SVAConnector,
 }
 
 
