@@ -103,6 +103,32 @@ def test_interpreted_with_extreme_deltas(small_tiles):
     check(tensors, delta_softplus=True)
 
 
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are not for a GPU here")
+@pytest.mark.parametrize("gate", [False, True])
+def test_compiles_for_a_gpu_that_is_not_there(gate):
+    """The interpreter lets pass what the compiler refuses: a type that changes in a loop."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vlm.encoders.scan_backends import triton_kernels
+
+    inputs, sizes = (*("*fp32",) * 8, "*i32"), ("i32",) * 4
+    sizes_in = {"SOFTPLUS": True, "GATE": gate, "STATES": 16, "T": 64, "W": 32}
+    tensors = {"inputs": inputs, "results": ("*fp32",) * 3, "sizes": sizes}
+    back = {"given": ("*fp32",) * 3, "shares": ("*fp32",) * 5}
+    for kernel, arguments, constants in (
+        (triton_kernels.forward_kernel, tensors, sizes_in | {"KEEP": True}),
+        (triton_kernels.backward_kernel, tensors | back, sizes_in),
+    ):
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        signature = arguments | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature, places)
+        assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+
+
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("length", [1, 63, 197, 513])

@@ -100,7 +100,7 @@ def forward_kernel(
     u, delta, z, B, C, A, D, bias, reverse = inputs
     y, before, last = results
     L, channels, G, N = sizes
-    group, _, columns, valid = _columns(channels, G, W)
+    group, _number, columns, valid = _columns(channels, G, W)
     backwards = tl.load(reverse + group) != 0
     bias_d = tl.load(bias + columns, mask=valid, other=0.0)
     D_d = tl.load(D + columns, mask=valid, other=0.0)
@@ -114,7 +114,7 @@ def forward_kernel(
             states = (tl.program_id(1).to(tl.int64) * tiles + tile) * N + every
             _store(before, states, every < N, columns, valid, channels, carry)
         u_t = _load(u, rows, exist, columns, valid, channels)
-        step, _ = _steps(delta, bias_d, rows, exist, columns, valid, channels, SOFTPLUS)
+        step, _x = _steps(delta, bias_d, rows, exist, columns, valid, channels, SOFTPLUS)
         out = D_d[None, :] * u_t
         for n in range(N):
             chosen = every[:, None] == n
@@ -235,10 +235,10 @@ def _states_back(
     rows_0, exist_0 = _rows(t - 1, L, backwards)
     exist_0 = exist_0 & (tl.arange(0, T) > 0)
     u_0 = _load(u, rows_0, exist_0, columns, valid, channels)
-    step_0, _ = _steps(delta, bias_d, rows_0, exist_0, columns, valid, channels, SOFTPLUS)
+    step_0, _x = _steps(delta, bias_d, rows_0, exist_0, columns, valid, channels, SOFTPLUS)
     # The row after, whose decay takes its state's gradient back to this one.
     rows_2, exist_2 = _rows(t + 1, L, backwards)
-    step_2, _ = _steps(delta, bias_d, rows_2, exist_2, columns, valid, channels, SOFTPLUS)
+    step_2, _x = _steps(delta, bias_d, rows_2, exist_2, columns, valid, channels, SOFTPLUS)
     share = number * tl.num_programs(1) * L * G * N
     out = tl.zeros((T, W), tl.float32)
     into = tl.zeros((T, W), tl.float32)
