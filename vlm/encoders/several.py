@@ -6,7 +6,9 @@ The views come once, at the largest size and in the first encoder's mean and std
 them resized to its own size and normalised by its own mean and std; its layers are resized to one
 grid and joined, so that every encoder gives one feature map.
 Surprise: an encoder smaller than the largest sees views that were resized twice, by the processor
-and here. `tests/vlm/encoders/test_several.py` says how far that is from resizing the image once.
+and here, where Cambrian resizes the image for each encoder. Over eleven photographs, colours differ
+from that by 0.5 of 255 on average (root mean square 0.8, at worst 26, at sharp edges), and the
+colour that pads a view to a square is the first encoder's mean, not each one's own.
 """
 
 from collections.abc import Sequence
@@ -37,8 +39,8 @@ class SeveralEncoderConfig(EncoderConfig):
     """Encoders side by side; `image_size`, mean and std are those of the views that come in.
 
     `source` is None, because every encoder has its own, or a folder that this suite saved.
-    `downscale` makes the smaller views: "antialias" as PIL's bicubic filter does, "bilinear"
-    without antialiasing, as Mini-Gemini (mgm_arch.py's callers) does.
+    `downscale` makes the smaller views: "antialias" with PIL's bicubic filter, "bilinear" without
+    antialiasing, as Mini-Gemini's scripts make CLIP's view of the ConvNeXt's.
     """
 
     encoders: tuple[dict, ...] = ()  # configs as `build_vision_encoder` takes them
