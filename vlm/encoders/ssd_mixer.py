@@ -79,12 +79,12 @@ class Mamba2Mixer(nn.Module):
         """
         super().__init__()
         self.inner, self.head_dim, self.groups = expand * dim, head_dim, groups
-        self.heads = self.inner // head_dim
-        if self.inner % head_dim or self.heads % groups:
+        if min(head_dim, groups) < 1 or self.inner % (head_dim * groups):
             raise UserError(
                 f"Mamba-2's mixer: heads of {head_dim} channels in {groups} groups do not divide "
                 f"{self.inner} inner channels ({expand} x {dim}); change head_dim, groups or expand"
             )
+        self.heads = self.inner // head_dim
         self.mixed = self.inner + 2 * groups * state_dim  # channels of x, B and C
         self.directions = directions
         self.in_proj = nn.Linear(dim, self.inner + self.mixed + self.heads, bias=False)

@@ -21,7 +21,7 @@ from vlm.encoders.base import CONFIG_FILE
 from vlm.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
-PICKLES = (".pth", ".pt", ".bin")
+PICKLES = (".pth", ".pt", ".th", ".bin")
 WEIGHT_KEYS = ("model", "state_dict")
 
 

@@ -52,11 +52,9 @@ def loop(t):
 def gradients(t, outputs):
     """Of a fixed random sum of the outputs."""
     generator = torch.Generator().manual_seed(5)
-    total = sum(
-        (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum()
-        for o in outputs
-    )
-    return dict(zip(NAMES, torch.autograd.grad(total, [t[n] for n in NAMES]), strict=True))
+    draws = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    totals = [(o * draw.to(o.dtype)).sum() for o, draw in zip(outputs, draws, strict=True)]
+    return dict(zip(NAMES, torch.autograd.grad(totals, [t[n] for n in NAMES]), strict=True))
 
 
 def check(t, got, wanted):
@@ -80,10 +78,7 @@ def test_golden(longest):
     outputs = ssd_scan(t["X"], t["A"], t["B"], t["C"], longest_chunk=longest)
     for output, name in zip(outputs, ("y", "final_state"), strict=True):
         torch.testing.assert_close(output, golden[f"out.{name}"], rtol=0, atol=VALUES)
-    total = sum(
-        (o * golden[f"cot.{n}"]).sum() for o, n in zip(outputs, ("y", "final_state"), strict=True)
-    )
-    total.backward()
+    torch.autograd.backward(outputs, [golden["cot.y"], golden["cot.final_state"]])
     for name, tensor in t.items():
         torch.testing.assert_close(tensor.grad, golden[f"grad.{name}"], rtol=0, atol=GRADIENTS)
 

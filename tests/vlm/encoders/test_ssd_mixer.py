@@ -122,7 +122,7 @@ def test_bfloat16():
     assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("changes", [{"head_dim": 5}, {"groups": 4}])
+@pytest.mark.parametrize("changes", [{"head_dim": 5}, {"groups": 4}, {"head_dim": 0}])
 def test_channels_that_do_not_divide_are_refused(changes):
     with pytest.raises(UserError, match="do not divide 24 inner channels"):
         ours(**changes)

@@ -98,11 +98,11 @@ def as_run_file(state, version):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("kind", ["run.pth", "model.pth", "model.safetensors", "folder"])
+@pytest.mark.parametrize("kind", ["run.th", "model.pth", "model.safetensors", "folder"])
 def test_a_file_of_weights_is_enough(version, kind, randomise, tmp_path):
     encoder = build(randomise, architecture={**TINY, "version": version})
     state = encoder.model.state_dict()
-    if kind == "run.pth":
+    if kind == "run.th":
         torch.save({"state_dict": as_run_file(state, version), "epoch": 3}, tmp_path / kind)
     elif kind == "model.pth":
         torch.save({**state, "head.weight": torch.zeros(5, 8)}, tmp_path / kind)
