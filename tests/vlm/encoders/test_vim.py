@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlm.encoders import build_vision_encoder, load_vision_encoder
-from vlm.encoders.position_resize import resize_positions
+from vlm.encoders.position_resize import class_token_places, resize_positions
 from vlm.encoders.ssd_mixer import Mamba2Mixer
 from vlm.encoders.vim import ARCHITECTURES
 from vlm.encoders.vim_blocks import Block, drop_path, drop_rates, patch_grid, remove_tokens
@@ -148,6 +148,14 @@ def test_any_rectangle_of_whole_patches(randomise):
 def test_layers_above_are_not_built():
     encoder = build_vision_encoder({**CONFIG, "layer": -2})
     assert len(encoder.model.layers) == 2 and encoder.model.norm_f is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "patches", "places"),
+    [("middle", 12, [6]), ("middle", 9, [4]), ("head", 9, [0]), ("double", 9, [0, 10])],
+)
+def test_class_token_places(kind, patches, places):
+    assert class_token_places(kind, patches) == places
 
 
 @pytest.mark.parametrize(
