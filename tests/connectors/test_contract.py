@@ -15,12 +15,14 @@ from connectors import (
 )
 from connectors.errors import UserError
 from connectors.key_table import our_names
+from connectors.qformer_blocks import TextInput
 
 VISION_DIMS, TEXT_DIM = (6, 10), 16
 GRIDS = [(4, 4), (4, 6), (2, 8)]
 # Published sizes that are too large for these tests.
 SMALL: dict[str, dict] = {
-    "cabstractor": {"hidden_dim": 16, "depth": 1, "position_side": 4},
+    "qformer": {"hidden_dim": 16, "num_layers": 3, "num_heads": 4, "feed_forward_dim": 24}
+    | {"num_queries": 5, "vocab_size": 30, "max_num_positions": 5},
     "sva": {"hidden_dim": 16, "num_heads": 4},
 }
 # How much finer the last feature map has to be, where one feature to each token shows nothing.
@@ -46,9 +48,21 @@ def variants(name: str) -> list[dict]:
 CONFIGS = [config for name in CONNECTORS for config in variants(name)]
 
 
+def ready(connector):
+    """Without dropout; with a text for each view, where the connector reads one."""
+    if getattr(connector.config, "instruction", False):
+
+        def add_text(_, inputs):
+            ids = torch.arange(5).expand(len(inputs[0][0]), -1)
+            return *inputs, TextInput(ids, ids < 4)
+
+        connector.register_forward_pre_hook(add_text)
+    return connector.eval()
+
+
 def make(config, seed=0):
     torch.manual_seed(seed)
-    return build_connector(config, VISION_DIMS, TEXT_DIM).eval()  # no dropout
+    return ready(build_connector(config, VISION_DIMS, TEXT_DIM))
 
 
 def features(views, grid, config, seed=1):
@@ -124,7 +138,7 @@ def test_new_weights_stay_in_range(config):
 def test_builds_on_the_meta_device(config):
     with torch.device("meta"):
         connector = build_connector(config, VISION_DIMS, TEXT_DIM)
-    connector.to_empty(device="cpu").load_state_dict(make(config).state_dict())
+    ready(connector).to_empty(device="cpu").load_state_dict(make(config).state_dict())
     assert torch.equal(
         connector(features(1, (4, 4), config)), make(config)(features(1, (4, 4), config))
     )
