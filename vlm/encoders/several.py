@@ -22,7 +22,6 @@ from torch.nn.functional import interpolate
 
 from vlm.encoders.base import (
     CONFIG_FILE,
-    MEASURED,
     EncoderConfig,
     VisionEncoder,
     fill,
@@ -106,7 +105,7 @@ class SeveralEncoder(VisionEncoder[SeveralEncoderConfig]):
             )
         encoders, parts = [], []
         for i, part in enumerate(map(expand_preset, config.encoders)):
-            values = {key: value for key, value in part.items() if key not in MEASURED}
+            values = dict(part)
             if config.source is not None:
                 values["source"] = str(part_folder(config.source, i))
             encoders.append(load_vision_encoder(values, dtype))
