@@ -4,8 +4,8 @@
 
 One forward pass of one picture on one CPU thread, without gradients: CPU seconds (other jobs on the
 machine disturb them less than wall seconds), and how far the resident set grew at its peak, each
-encoder and size in a process of its own. L is the number of 16 x 16 patches in the picture, whatever
-the encoder makes of them: 196 at 224 pixels, 24,336 at 2,496.
+encoder and size in a process of its own. L is the number of 16 x 16 patches in the picture,
+whatever the encoder makes of them: 196 at 224 pixels, 24,336 at 2,496.
 """
 
 import argparse
