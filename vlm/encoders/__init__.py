@@ -9,6 +9,7 @@ from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from vlm.encoders.base import EncoderConfig, VisionEncoder, saved_config, saved_type
 from vlm.encoders.open_clip_encoder import OpenClipEncoder
+from vlm.encoders.patches import PatchesEncoder
 from vlm.encoders.presets import expand_preset
 from vlm.encoders.several import SeveralEncoder
 from vlm.encoders.timm_encoder import TimmEncoder
@@ -33,6 +34,7 @@ VISION_ENCODERS: dict[str, type[VisionEncoder]] = {
     "vim": VimEncoder,
     "vmamba": VMambaEncoder,
     "vil": ViLEncoder,
+    "patches": PatchesEncoder,
     "several": SeveralEncoder,
 }
 
@@ -85,7 +87,7 @@ def load_vision_encoder(
         UserError: unknown type, field or source, missing weights, or a value of the wrong type.
     """
     encoder_class, parsed = parse_encoder_config(config)
-    if parsed.source is None:
+    if parsed.source is None and encoder_class.needs_source:
         raise UserError(
             f"vision encoder {encoder_class.type_name!r} needs a 'source' to load from: "
             "a name on the hub or in the library, a folder, or a published file"

@@ -85,6 +85,7 @@ class VisionEncoder(nn.Module, Generic[C]):
 
     type_name: ClassVar[str]
     config_class: ClassVar[type[EncoderConfig]]
+    needs_source: ClassVar[bool] = True  # for its weights
 
     config: dict[str, Any]
     image_size: int

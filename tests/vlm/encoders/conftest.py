@@ -81,6 +81,32 @@ TINY: dict[str, dict[str, Any]] = {
         "image_size": 64,
         "model_args": {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20]},
     },
+    "vim": {
+        "type": "vim",
+        "image_size": 32,
+        "architecture": {"embed_dim": 16, "depth": 3, "patch_size": 8},
+    },
+    "vim_mamba2": {
+        "type": "vim",
+        "image_size": 32,
+        "architecture": {
+            "embed_dim": 16,
+            "depth": 3,
+            "patch_size": 8,
+            "mixer": "mamba2",
+            "head_dim": 8,
+        },
+    },
+    "vmamba": {
+        "type": "vmamba",
+        "image_size": 64,
+        "architecture": {"depths": [1, 1, 1], "dims": [8, 12, 16]},
+    },
+    "vil": {
+        "type": "vil",
+        "image_size": 32,
+        "architecture": {"dim": 16, "depth": 2, "patch_size": 8},
+    },
     "open_clip_vit": {
         "type": "open_clip",
         "architecture": {

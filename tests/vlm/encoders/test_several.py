@@ -12,7 +12,6 @@ from torch.nn.functional import interpolate
 from connectors.config import config_from_mapping
 from vlm.encoders import (
     VISION_ENCODERS,
-    VisionEncoder,
     build_vision_encoder,
     load_vision_encoder,
     several,
@@ -303,9 +302,6 @@ def test_each_from_its_own_source_in_one_type(make, config, tmp_path):
     ]
 
 
-@pytest.mark.skipif(
-    not hasattr(VisionEncoder, "needs_source"), reason="load_vision_encoder asks for one source"
-)
 def test_loaded_without_a_source_beside_the_encoders(make, tmp_path):
     make().encoders[0].save_pretrained(tmp_path)
     part = {"type": "timm", "source": str(tmp_path)}
