@@ -5,14 +5,22 @@ from dataclasses import asdict
 from typing import Any
 
 from connectors.base import Connector, ConnectorConfig
+from connectors.cabstractor import CAbstractorConnector
+from connectors.channel_concat import ChannelConcatConnector
 from connectors.config import config_from_mapping
 from connectors.errors import UserError
+from connectors.fuyu import FuyuConnector
 from connectors.idefics2_perceiver import Idefics2PerceiverConnector
+from connectors.kan import KANConnector
 from connectors.linear import LinearConnector
 from connectors.minicpm_resampler import MiniCPMResamplerConnector
+from connectors.minigemini import MiniGeminiConnector
 from connectors.mlp import MLPConnector
 from connectors.perceiver import PerceiverConnector
 from connectors.pixel_shuffle import PixelShuffleConnector
+from connectors.pooling import PoolingConnector
+from connectors.qformer import QFormerConnector
+from connectors.qwen2vl_merger import Qwen2VLMergerConnector
 from connectors.qwen_vl import QwenVLConnector
 from connectors.registry import lookup
 from connectors.sva import SVAConnector
@@ -27,12 +35,20 @@ __all__ = [
 ]
 
 CONNECTORS: dict[str, type[Connector]] = {
+    "cabstractor": CAbstractorConnector,
+    "channel_concat": ChannelConcatConnector,
+    "fuyu": FuyuConnector,
     "idefics2_perceiver": Idefics2PerceiverConnector,
+    "kan": KANConnector,
     "linear": LinearConnector,
     "minicpm_resampler": MiniCPMResamplerConnector,
+    "minigemini": MiniGeminiConnector,
     "mlp": MLPConnector,
     "perceiver": PerceiverConnector,
     "pixel_shuffle": PixelShuffleConnector,
+    "pooling": PoolingConnector,
+    "qformer": QFormerConnector,
+    "qwen2vl_merger": Qwen2VLMergerConnector,
     "qwen_vl": QwenVLConnector,
     "sva": SVAConnector,
 }
