@@ -6,9 +6,11 @@ from typing import Any
 
 from connectors.base import Connector, ConnectorConfig
 from connectors.cabstractor import CAbstractorConnector
+from connectors.chain import ChainConfig, ConnectorChain, Part
 from connectors.channel_concat import ChannelConcatConnector
-from connectors.config import config_from_mapping
+from connectors.config import check_value, config_from_mapping
 from connectors.errors import UserError
+from connectors.fusion import HostShape
 from connectors.fuyu import FuyuConnector
 from connectors.idefics2_perceiver import Idefics2PerceiverConnector
 from connectors.kan import KANConnector
@@ -16,6 +18,7 @@ from connectors.linear import LinearConnector
 from connectors.minicpm_resampler import MiniCPMResamplerConnector
 from connectors.minigemini import MiniGeminiConnector
 from connectors.mlp import MLPConnector
+from connectors.partial_lora import PartialLoraConnector
 from connectors.perceiver import PerceiverConnector
 from connectors.pixel_shuffle import PixelShuffleConnector
 from connectors.pooling import PoolingConnector
@@ -28,11 +31,18 @@ from connectors.sva import SVAConnector
 __all__ = [
     "CONNECTORS",
     "Connector",
+    "ConnectorChain",
+    "ConnectorChoice",
     "ConnectorConfig",
+    "acts_inside",
     "build_connector",
     "connector_token_grid",
     "resolve_connector_config",
+    "view_token_grid",
 ]
+
+# One connector, {"type": ..., fields}, or a list of them.
+ConnectorChoice = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 CONNECTORS: dict[str, type[Connector]] = {
     "cabstractor": CAbstractorConnector,
@@ -44,6 +54,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "minicpm_resampler": MiniCPMResamplerConnector,
     "minigemini": MiniGeminiConnector,
     "mlp": MLPConnector,
+    "partial_lora": PartialLoraConnector,
     "perceiver": PerceiverConnector,
     "pixel_shuffle": PixelShuffleConnector,
     "pooling": PoolingConnector,
@@ -68,37 +79,101 @@ def _parse(config: Mapping[str, Any]) -> tuple[type[Connector], ConnectorConfig]
     return connector_class, config_from_mapping(connector_class.config_class, values, where)
 
 
+def _parse_list(configs: Sequence[Any]) -> ChainConfig:
+    """Return the checked parts of a list of connectors."""
+    parts = []
+    for config in configs:
+        values: Any = config
+        features = None
+        if isinstance(config, Mapping):
+            values = dict(config)
+            features = values.pop("features", None)
+        connector_class, parsed = _parse(values)
+        name = values["type"]
+        if features is not None:
+            where = f"connector {name!r}: field 'features'"
+            features = check_value(features, tuple[int, ...], where) or None
+        parts.append(Part(name, connector_class, parsed, features))
+    return ChainConfig(parts=tuple(parts))
+
+
+def _parse_any(config: Any) -> tuple[type[Connector], ConnectorConfig]:
+    """Return class and config of one connector, or of a chain of them."""
+    if isinstance(config, Sequence) and not isinstance(config, str):
+        return ConnectorChain, _parse_list(config)
+    connector_class, parsed = _parse(config)
+    if connector_class.faces <= {"project"}:
+        return connector_class, parsed
+    return ConnectorChain, _parse_list([config])
+
+
+def acts_inside(config: ConnectorChoice) -> bool:
+    """Return whether a connector acts inside the language model too, so that it has to be known."""
+    parsed = _parse_any(config)[1]
+    parts = parsed.parts if isinstance(parsed, ChainConfig) else ()
+    return any(part.connector_class.faces - {"project"} for part in parts)
+
+
 def build_connector(
-    config: Mapping[str, Any], vision_dims: Sequence[int], text_dim: int
+    config: ConnectorChoice,
+    vision_dims: Sequence[int],
+    text_dim: int,
+    host: HostShape | None = None,
 ) -> Connector:
     """Build the connector of `config`, such as `{"type": "mlp", "depth": 2}`, with new weights.
 
     Args:
-        config: the connector's type and fields.
+        config: the connector's type and fields, or a list of them (connectors/chain.py).
         vision_dims: D of each feature map the vision encoder gives.
         text_dim: E, the width of the language model's embeddings.
+        host: the language model's numbers, where `acts_inside`.
 
     Raises:
         UserError: unknown type, unknown field, or a value of the wrong type.
     """
-    connector_class, parsed = _parse(config)
+    connector_class, parsed = _parse_any(config)
+    if isinstance(parsed, ChainConfig):
+        return ConnectorChain(parsed, vision_dims, text_dim, host)
     return connector_class(parsed, vision_dims, text_dim)
 
 
-def connector_token_grid(config: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
+def connector_token_grid(config: ConnectorChoice, height: int, width: int) -> tuple[int, int]:
     """Return (rows, columns) of the tokens of one view with (height, width) features.
 
     Raises:
         UserError: the config is wrong, or the connector cannot take such a grid.
     """
-    return _parse(config)[1].token_grid(height, width)
+    parsed = _parse_any(config)[1]
+    parts = parsed.parts if isinstance(parsed, ChainConfig) else ()
+    count = 1 + max((max(part.features) for part in parts if part.features), default=0)
+    return view_token_grid(config, [(height, width)] * count)
 
 
-def resolve_connector_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def view_token_grid(config: ConnectorChoice, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return (rows, columns) of the tokens of one view whose feature maps have these grids.
+
+    Raises:
+        UserError: the config is wrong, or the connector cannot take such a grid.
+    """
+    parsed = _parse_any(config)[1]
+    if isinstance(parsed, ChainConfig):
+        return parsed.view_token_grid(grids)
+    return parsed.token_grid(*grids[0])
+
+
+def resolve_connector_config(config: ConnectorChoice) -> dict[str, Any] | list[dict[str, Any]]:
     """Return `config` with every default written out, as `config.json` keeps it.
 
     Raises:
         UserError: unknown type, unknown field, or a value of the wrong type.
     """
-    parsed = _parse(config)[1]
-    return {"type": config["type"], **asdict(parsed)}
+    parsed = _parse_any(config)[1]
+    if isinstance(config, Mapping):
+        own = parsed.parts[0].config if isinstance(parsed, ChainConfig) else parsed
+        return {"type": config["type"], **asdict(own)}
+    assert isinstance(parsed, ChainConfig), parsed
+    return [
+        {"type": part.name, **asdict(part.config)}
+        | ({} if part.features is None else {"features": list(part.features)})
+        for part in parsed.parts
+    ]

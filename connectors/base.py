@@ -1,17 +1,27 @@
-"""What must every connector do? Turn encoder features into tokens, and say exactly how many.
+"""What must every connector do? Fill one or more of three faces, and say its numbers exactly.
+
+- `project`: turn encoder features into tokens before the language model.
+- `in_layer`: change hidden states before, in or after its decoder layers.
+- `on_linear`: add to, or replace, what its linear layers make of image tokens.
+
+A connector with the last two faces alone needs one that projects before it in the recipe's list:
+`connector: [{type: mlp}, {type: partial_lora}]` (connectors/chain.py).
 
 Shapes: T views, H W feature grid, D encoder width, N tokens per view, E language-model width.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from connectors.errors import UserError
+from connectors.fusion import FusionContext, HostShape, LayerSite, LinearSite, Media
 from connectors.key_table import Layout
+
+Face = Literal["project", "in_layer", "on_linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +41,23 @@ C = TypeVar("C", bound=ConnectorConfig)
 
 
 class Connector(nn.Module, Generic[C]):
-    """Base of all connectors that project features to tokens before the language model.
+    """Base of all connectors.
 
-    Subclasses set `config_class`, build their layers in `__init__` and implement `project`. The
-    attribute `config` is the instance of `config_class` it was built from.
+    Subclasses set `config_class`, build their layers in `__init__` and implement their faces: most
+    only `project`. The attribute `config` is the instance of `config_class` it was built from.
+
+    Attributes:
+        faces: which faces the class fills.
+        side_kind: how `side` hands tensors to the language model's layers: not at all; one row per
+            token that `project` made ("tokens"); or as what all positions may attend to ("media").
+        takes_tokens: the tokens projected so far do not stand in the sequence: `side` gets them,
+            and `replace_tokens` gives what stands there.
     """
 
     config_class: ClassVar[type[ConnectorConfig]] = ConnectorConfig
+    faces: ClassVar[frozenset[Face]] = frozenset({"project"})
+    side_kind: ClassVar[Literal["none", "tokens", "media"]] = "none"
+    takes_tokens: ClassVar[bool] = False
 
     def __init__(self, config: C, vision_dims: Sequence[int], text_dim: int) -> None:
         """Remember the sizes.
@@ -56,6 +76,10 @@ class Connector(nn.Module, Generic[C]):
         """Return (rows, columns) of the tokens made from one view's (height, width) features."""
         return self.config.token_grid(height, width)
 
+    def view_token_grid(self, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Return (rows, columns) of the tokens of one view whose feature maps have these grids."""
+        return self.token_grid(*grids[0])
+
     def num_tokens(self, height: int, width: int) -> int:
         """Return N, the exact number of tokens `project` makes from one (height, width) view."""
         rows, columns = self.token_grid(height, width)
@@ -68,6 +92,76 @@ class Connector(nn.Module, Generic[C]):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Same as `project`: (T, H, W, D_i) each -> (T, N, E)."""
         return self.project(features)
+
+    @classmethod
+    def build(
+        cls, config: C, vision_dims: Sequence[int], text_dim: int, host: HostShape | None
+    ) -> Self:
+        """Build the connector; those inside the language model override this to look at `host`."""
+        return cls(config, vision_dims, text_dim)
+
+    @classmethod
+    def media_dim(cls, config: C, vision_dims: Sequence[int]) -> int:
+        """Return the width of the tokens that a connector which takes tokens wants."""
+        raise NotImplementedError
+
+    def side(self, features: Sequence[Tensor], tokens: Tensor | None) -> Sequence[Tensor]:
+        """Return what the layers will read of each view.
+
+        Args:
+            features: maps (T, H, W, D_i).
+            tokens: (T, N, E) as projected so far.
+
+        Returns:
+            For "tokens", tensors (T, N, ...) with one row per token; for "media", one tensor
+            (T, M, width).
+        """
+        raise NotImplementedError
+
+    def replace_tokens(self, tokens: Tensor) -> Tensor:
+        """Return what stands in the sequence instead of tokens (T, N, width): (T, N', E)."""
+        raise NotImplementedError
+
+    def layer_sites(self) -> Sequence[LayerSite]:
+        """Return where hidden states pass through `layer_apply`."""
+        return ()
+
+    def layer_apply(
+        self,
+        site: LayerSite,
+        hidden: Tensor,
+        context: FusionContext,
+        side: Sequence[Tensor] | Media | None,
+    ) -> Tensor:
+        """Return the hidden states (B, L, E) that go on from a site.
+
+        Args:
+            site: one of `layer_sites`.
+            hidden: (B, L, E).
+            context: of this call.
+            side: what `side` gave, arranged: (K, ...) each, or `Media`; None: no image so far.
+        """
+        raise NotImplementedError
+
+    def linear_sites(self) -> Sequence[LinearSite]:
+        """Return the linear layers that `linear_apply` serves."""
+        return ()
+
+    def linear_rows(self, context: FusionContext) -> Tensor:
+        """Return the places of the tokens that `linear_apply` serves, (K,) in the batch (B * L)."""
+        return context.rows
+
+    # Whether `linear_apply` is added to what the linear layer makes of these tokens, or stands for
+    # it, so that the linear layer sees the others only.
+    replaces_linear: ClassVar[bool] = False
+
+    def linear_apply(self, site: LinearSite, x: Tensor) -> Tensor:
+        """Map the inputs of chosen tokens (K, in) to (K, out)."""
+        raise NotImplementedError
+
+    def itself(self) -> Self:
+        """Return the connector also where it is asked of a wrapper (PEFT's modules_to_save)."""
+        return self
 
     @classmethod
     def key_tables(cls, config: C) -> Mapping[str, Mapping[str, str | Layout]]:

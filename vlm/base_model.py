@@ -9,6 +9,7 @@ one blank view through the vision side while it trains, so that all ranks run th
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,20 @@ from transformers.cache_utils import Cache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from connectors import build_connector
-from vlm import recurrent_lm
+from connectors import ConnectorChain, acts_inside, build_connector
+from connectors.chain import Plugged
+from vlm import fusion_cache, recurrent_lm
 from vlm.configuration import VlmConfig
 from vlm.encoders import build_vision_encoder
 from vlm.encoders.base import restore_buffers
+from vlm.errors import UserError
+from vlm.fusion import Images, build_context, carry
+from vlm.fusion_hooks import ARGUMENT, FusionCall, FusionHooks
+from vlm.hosts import host_shape
 from vlm.lm_head import document_starts
 from vlm.mamba_scan import use_scan
 from vlm.state_cache import state_traits
-from vlm.tiling import build_tiling
+from vlm.tiling import AnyresTiling, build_tiling
 from vlm.token_layout import images_per_row, lay_out, num_image_tokens
 
 
@@ -70,8 +76,15 @@ class VlmModel(VlmPreTrainedModel):
         self.tiling = build_tiling(config.tiling)
         self.vision_tower = build_vision_encoder(config.vision_config)
         text_dim = config.text_config.hidden_size
-        self.connector = build_connector(config.connector_config, self.vision_tower.dims, text_dim)
-        self.set_language_model(AutoModel.from_config(config.text_config))
+        language_model = AutoModel.from_config(config.text_config)
+        self.connector = build_connector(
+            config.connector_config,
+            self.vision_tower.dims,
+            text_dim,
+            host_shape(language_model) if acts_inside(config.connector_config) else None,
+        )
+        self.set_language_model(language_model)
+        self._hooks = FusionHooks()
         if self.tiling.has_newline:
             # As LLaVA-NeXT: the scale of a unit vector's entries.
             self.image_newline = nn.Parameter(torch.randn(text_dim) / text_dim**0.5)
@@ -99,14 +112,19 @@ class VlmModel(VlmPreTrainedModel):
 
     def view_token_grid(self) -> tuple[int, int]:
         """Return (h, w), the grid of tokens that the connector makes of one view."""
-        return self.connector.token_grid(*self.vision_tower.grids[0])
+        return self.connector.view_token_grid(self.vision_tower.grids)
 
     def get_view_tokens(self, pixel_values: Tensor) -> Tensor:
         """Encode and project views (T, 3, S, S) to tokens (T, N, E)."""
+        return self._plug(pixel_values).tokens
+
+    def _plug(self, pixel_values: Tensor) -> Plugged:
+        """Encode views (T, 3, S, S); return tokens, and what the language model's layers read."""
         frozen = not (_trains(self.vision_tower) or pixel_values.requires_grad)
         with torch.no_grad() if frozen else nullcontext():
             features = self.vision_tower(pixel_values.to(_dtype(self.vision_tower)))
-        return self.connector([feature.to(_dtype(self.connector)) for feature in features])
+        made = self.connector([feature.to(_dtype(self.connector)) for feature in features])
+        return made if isinstance(made, Plugged) else Plugged(made, {})
 
     def get_image_features(
         self, pixel_values: Tensor, tile_grids: Tensor, image_sizes: Tensor
@@ -118,22 +136,42 @@ class VlmModel(VlmPreTrainedModel):
             tile_grids: (n, 2) rows and columns each image was cut into.
             image_sizes: (n, 2) height and width of each image.
         """
+        newline = self.image_newline if self.tiling.has_newline else None
+        tokens = self._plug(pixel_values).tokens
+        return self._lay_out(tokens, tile_grids, image_sizes, newline)
+
+    def _lay_out(
+        self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor, newline: Tensor | None
+    ) -> list[Tensor]:
+        """Join views' tokens (T, N, E) image by image; a newline (E,) ends rows."""
         grids = [tuple(grid) for grid in tile_grids.tolist()]
         num_views = [self.tiling.plan_of_grid(grid).num_views for grid in grids]
-        if sum(num_views) != len(pixel_values):
+        if sum(num_views) != len(tokens):
             raise ValueError(
                 f"tile_grids {grids} mean {sum(num_views)} views, but pixel_values has "
-                f"{len(pixel_values)}"
+                f"{len(tokens)}"
             )
-        view_tokens = self.get_view_tokens(pixel_values).split(num_views)
-        newline = self.image_newline if self.tiling.has_newline else None
         size, token_grid = self.vision_tower.image_size, self.view_token_grid()
         return [
-            lay_out(tokens, (width, height), self.tiling, size, token_grid, newline, grid)
-            for tokens, (height, width), grid in zip(
-                view_tokens, image_sizes.tolist(), grids, strict=True
+            lay_out(views, (width, height), self.tiling, size, token_grid, newline, grid)
+            for views, (height, width), grid in zip(
+                tokens.split(num_views), image_sizes.tolist(), grids, strict=True
             )
         ]
+
+    def _places(self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor) -> Tensor:
+        """Return, for each image token, its place among views' tokens (T, N, E); -1: a newline."""
+        if isinstance(self.tiling, AnyresTiling) and self.tiling.max_tiles is not None:
+            raise UserError(
+                "tiling 'anyres' with max_tiles shrinks the grid of tokens, but a connector inside "
+                "the language model needs to know which token is which; set tiling.max_tiles to "
+                "null"
+            )
+        places = torch.arange(tokens[..., 0].numel(), device=tokens.device, dtype=torch.float64)
+        newline = places.new_full((1,), -1.0) if self.tiling.has_newline else None
+        numbered = places.reshape(*tokens.shape[:2], 1)
+        laid_out = self._lay_out(numbered, tile_grids, image_sizes, newline)
+        return torch.cat(laid_out)[:, 0].long()
 
     def count_image_tokens(self, tile_grids: Tensor, image_sizes: Tensor) -> list[int]:
         """Return how many tokens each image takes; see `get_image_features` for the arguments."""
@@ -165,23 +203,40 @@ class VlmModel(VlmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, E)
         assert inputs_embeds is not None
-        features = None
+        is_image = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool).to(inputs_embeds.device)
+        features, images = None, None
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("pixel_values need input_ids: image tokens are found by their id")
             tile_grids, image_sizes = self.with_default_grids(pixel_values, tile_grids, image_sizes)
             is_image = input_ids == self.config.image_token_id  # (B, L)
             counts = self.count_image_tokens(tile_grids, image_sizes)
-            images_per_row(is_image.sum(-1).tolist(), counts, record_ids)
-            features = torch.cat(self.get_image_features(pixel_values, tile_grids, image_sizes))
+            per_row = images_per_row(is_image.sum(-1).tolist(), counts, record_ids)
+            tokens, sides = self._plug(pixel_values)
+            newline = self.image_newline if self.tiling.has_newline else None
+            features = torch.cat(self._lay_out(tokens, tile_grids, image_sizes, newline))
             features = features.to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)
+            views = [self.tiling.plan_of_grid(tuple(g)).num_views for g in tile_grids.tolist()]
+            places = partial(self._places, tokens, tile_grids, image_sizes)
+            images = Images(counts, views, per_row, places, sides)
         elif self.training and (_trains_vision(self) or is_deepspeed_zero3_enabled()):
             inputs_embeds = inputs_embeds + self._blank_view_term().to(inputs_embeds)
 
+        chain, carried, context = self.connector.itself(), None, None
+        if isinstance(chain, ConnectorChain) and chain.acts_inside:
+            self._hooks.attach(self.language_model, chain)
+            run_all = self.training or is_deepspeed_zero3_enabled()
+            carried = fusion_cache.read(past_key_values)
+            context = build_context(
+                chain, is_image, images, attention_mask, position_ids, carried, run_all
+            )
+            kwargs[ARGUMENT] = FusionCall(chain, context)
         outputs = self._run_language_model(
             inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
         )
+        if context is not None and outputs.past_key_values is not None:
+            fusion_cache.write(outputs.past_key_values, carry(context, images, carried))
         outputs["image_hidden_states"] = features
         return outputs
 
@@ -231,7 +286,8 @@ class VlmModel(VlmPreTrainedModel):
         """
         size = self.vision_tower.image_size
         blank = torch.zeros(1, 3, size, size, device=self.device)
-        term = self.get_view_tokens(blank).sum()
+        tokens, sides = self._plug(blank)
+        term = tokens.sum() + sum(x.sum() for side in sides.values() for x in side)
         if self.tiling.has_newline:
             term = term + self.image_newline.sum()
         return term * 0.0

@@ -11,7 +11,7 @@ class VlmConfig(PreTrainedConfig):
 
     Attributes:
         vision_config: resolved encoder config; `build_vision_encoder` rebuilds it offline.
-        connector_config: `{"type": ..., fields}` for `build_connector`.
+        connector_config: `{"type": ..., fields}`, or a list of them, for `build_connector`.
         text_config: the language model's own config class.
         tiling: `{"type": ..., fields}` for `build_tiling`.
         image_token_id: id of the tokenizer's image token, whose rows image features replace.
@@ -24,7 +24,7 @@ class VlmConfig(PreTrainedConfig):
     }
 
     vision_config: dict[str, Any] | None = None
-    connector_config: dict[str, Any] | None = None
+    connector_config: dict[str, Any] | list[dict[str, Any]] | None = None
     text_config: dict | PreTrainedConfig | None = None
     tiling: dict[str, Any] | None = None
     image_token_id: int | None = None

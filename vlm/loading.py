@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 import vlm.registration  # noqa: F401 - loading needs the Auto classes to know this model
-from connectors import connector_token_grid
+from connectors import ConnectorChoice, view_token_grid
 from vlm.chat_templates import CHAT_TEMPLATES
 from vlm.configuration import VlmConfig
 from vlm.encoders import load_vision_encoder
@@ -161,7 +161,7 @@ def checkpoint_hint(folder: Path) -> str:
 
 def assemble(
     vision_encoder: VisionEncoder | Mapping[str, Any],
-    connector: Mapping[str, Any],
+    connector: ConnectorChoice,
     language_model: PreTrainedModel | str | Path,
     tiling: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -172,7 +172,7 @@ def assemble(
 
     Args:
         vision_encoder: a loaded encoder, or a config for `load_vision_encoder`.
-        connector: `{"type": ..., fields}`.
+        connector: `{"type": ..., fields}`, or a list of them (connectors/chain.py).
         language_model: a loaded `AutoModelForCausalLM`, or a folder or Hub id of one.
         tiling: `{"type": ..., fields}`; None: one stretched view.
         tokenizer: the language model's; None: from the same folder or id. It is changed.
@@ -196,7 +196,7 @@ def assemble(
     resolved_tiling = tiling_config(build_tiling(tiling or {"type": "resize"}))
     image_processor = VlmImageProcessor(
         view_size=vision_encoder.image_size,
-        view_token_grid=connector_token_grid(connector, *vision_encoder.grids[0]),
+        view_token_grid=view_token_grid(connector, vision_encoder.grids),
         tiling=resolved_tiling,
         image_mean=vision_encoder.image_mean,
         image_std=vision_encoder.image_std,

@@ -17,11 +17,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-from connectors import build_connector
+from connectors import ConnectorChoice, acts_inside, build_connector, resolve_connector_config
 from vlm.base_model import VlmModel, VlmPreTrainedModel
 from vlm.configuration import VlmConfig
 from vlm.encoders import VisionEncoder
 from vlm.errors import UserError
+from vlm.hosts import host_shape
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
 from vlm.recurrent_lm import check_state_cache
 from vlm.state_cache import new_cache
@@ -63,7 +64,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
     def from_components(
         cls,
         vision_encoder: VisionEncoder,
-        connector_config: Mapping[str, Any],
+        connector_config: ConnectorChoice,
         language_model: PreTrainedModel,
         tiling: Mapping[str, Any],
         image_token_id: int,
@@ -73,7 +74,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
 
         Args:
             vision_encoder: with its weights.
-            connector_config: `{"type": ..., fields}`; its weights are new.
+            connector_config: `{"type": ..., fields}` or a list of them; the weights are new.
             language_model: any `AutoModelForCausalLM`; its embedding is enlarged if it is smaller
                 than the vocabulary.
             tiling: `{"type": ..., fields}`.
@@ -89,7 +90,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         head: Any = language_model.get_output_embeddings()
         config = VlmConfig(
             vision_config=dict(vision_encoder.config),
-            connector_config=dict(connector_config),
+            connector_config=resolve_connector_config(connector_config),
             text_config=language_model.config,
             tiling=dict(tiling),
             image_token_id=image_token_id,
@@ -109,7 +110,8 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         parts = model.model
         parts.vision_tower = vision_encoder
         parts.set_language_model(cast(PreTrainedModel, language_model.base_model))
-        parts.connector = build_connector(connector_config, vision_encoder.dims, text_dim)
+        host = host_shape(parts.language_model) if acts_inside(connector_config) else None
+        parts.connector = build_connector(connector_config, vision_encoder.dims, text_dim, host)
         parts.connector.to(language_model.device, language_model.dtype)
         if parts.tiling.has_newline:
             newline = torch.randn(text_dim, device=language_model.device) / text_dim**0.5

@@ -45,7 +45,9 @@ def variants(name: str) -> list[dict]:
     return configs
 
 
-CONFIGS = [config for name in CONNECTORS for config in variants(name)]
+# Those that only act inside the language model: tests/vlm/test_connector_matrix.py.
+PROJECTING = [name for name in CONNECTORS if CONNECTORS[name].faces == {"project"}]
+CONFIGS = [config for name in PROJECTING for config in variants(name)]
 
 
 def ready(connector):

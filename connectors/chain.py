@@ -1,0 +1,204 @@
+"""How do several connectors work as one? A list: some project, the others act inside the LM.
+
+Shapes: T views, H W feature grid, D encoder width, N tokens per view, E language-model width, B
+batch, L sequence.
+
+`connector: [{type: mlp}, {type: partial_lora}]` is XComposer2; `[{type: perceiver}, {type:
+gated_cross_attention}]` is Flamingo. Exactly one part projects to tokens; a part that takes tokens
+gets them instead of the sequence. Each part sees all feature maps, or those that its key `features`
+names: `[{type: mlp, features: [3]}, {type: deepstack, features: [0, 1, 2]}]`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from connectors.base import Connector, ConnectorConfig
+from connectors.errors import UserError
+from connectors.fusion import FusionContext, HostShape, LayerSite, LinearSite, Where
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of the list, checked.
+
+    Attributes:
+        name: its type.
+        connector_class: what the type names.
+        config: its own numbers.
+        features: which feature maps it sees, counted from 0; None: all.
+    """
+
+    name: str
+    connector_class: type[Connector]
+    config: ConnectorConfig
+    features: tuple[int, ...] | None
+
+    def choose(self, maps: Sequence) -> list:
+        """Return what stands for the feature maps that this part sees.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        if self.features is None:
+            return list(maps)
+        if max(self.features) >= len(maps) or min(self.features) < 0:
+            raise UserError(
+                f"connector {self.name!r}: features {list(self.features)} counts from 0, but the "
+                f"vision encoder gives {len(maps)} feature maps; name others, or more layers or "
+                "encoders in vision_encoder"
+            )
+        return [maps[i] for i in self.features]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainConfig(ConnectorConfig):
+    """The parts, in order."""
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        projecting = [part.name for part in self.parts if "project" in part.connector_class.faces]
+        if len(projecting) != 1:
+            raise UserError(
+                f"a list of connectors needs exactly one that projects features to tokens, but "
+                f"{[part.name for part in self.parts]} has {len(projecting)} ({projecting})"
+                + ("; put {type: mlp} before the others" if not projecting else "")
+            )
+        first = self.parts[0]
+        if first.connector_class.takes_tokens:
+            raise UserError(
+                f"connector {first.name!r} takes the tokens of one before it: write a list such as "
+                f"[{{type: perceiver}}, {{type: {first.name}}}]"
+            )
+
+    def view_token_grid(self, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Return (rows, columns) of the tokens of one view whose features have these grids.
+
+        Raises:
+            UserError: a part cannot take such a grid.
+        """
+        grid = None
+        for part in self.parts:
+            if "project" in part.connector_class.faces or part.connector_class.takes_tokens:
+                grid = part.config.token_grid(*part.choose(grids)[0])
+            elif part.connector_class.side_kind == "tokens" and part.choose(grids):
+                own = part.config.token_grid(*part.choose(grids)[0])
+                if grid is not None and own != grid:
+                    raise UserError(
+                        f"connector {part.name!r} makes {own[0]} x {own[1]} tokens of a view, but "
+                        f"{grid[0]} x {grid[1]} stand in the sequence; give both the same factor"
+                    )
+        assert grid is not None, "checked above"
+        return grid
+
+
+class Plugged(NamedTuple):
+    """What a chain makes of features."""
+
+    tokens: Tensor  # (T, N, E), for the sequence
+    sides: dict[int, Sequence[Tensor]]  # what parts inside the language model read, by number
+
+
+class ConnectorChain(Connector[ChainConfig]):
+    """Several connectors in a row; `forward` gives tokens and what the layers will read."""
+
+    config_class = ChainConfig
+
+    def __init__(
+        self,
+        config: ChainConfig,
+        vision_dims: Sequence[int],
+        text_dim: int,
+        host: HostShape | None = None,
+    ) -> None:
+        """Build the parts; `host` is needed where one acts inside the language model."""
+        super().__init__(config, vision_dims, text_dim)
+        built = []
+        for number, part in enumerate(config.parts):
+            if host is None and part.connector_class.faces - {"project"}:
+                raise UserError(
+                    f"connector {part.name!r} acts inside the language model, which has to be "
+                    "known to build it"
+                )
+            dims = part.choose(vision_dims)
+            after = config.parts[number + 1 : number + 2]
+            width = text_dim
+            if after and after[0].connector_class.takes_tokens:
+                chosen = after[0].choose(vision_dims)
+                width = after[0].connector_class.media_dim(after[0].config, chosen)
+            built.append(part.connector_class.build(part.config, dims, width, host))
+        self.parts: Sequence[Connector] = nn.ModuleList(built)  # pyright: ignore
+        self._layers: dict[tuple[int, Where], list[tuple[int, LayerSite]]] = {}
+        self._linears: dict[tuple[int, str], list[tuple[int, LinearSite]]] = {}
+        for number, part in enumerate(built):
+            for site in part.layer_sites():
+                self._layers.setdefault((site.layer, site.where), []).append((number, site))
+            for site in part.linear_sites():
+                self._linears.setdefault((site.layer, site.name), []).append((number, site))
+        for (layer, name), found in self._linears.items():
+            if len(found) > 1 and any(built[number].replaces_linear for number, _ in found):
+                names = [config.parts[number].name for number, _ in found]
+                raise UserError(f"connectors {names} want layer {layer}'s {name} each for itself")
+
+    @property
+    def acts_inside(self) -> bool:
+        """Return whether any part acts inside the language model."""
+        return bool(self._layers or self._linears)
+
+    @property
+    def layer_places(self) -> set[tuple[int, Where]]:
+        """Return the places at decoder layers where a part acts."""
+        return set(self._layers)
+
+    @property
+    def linear_places(self) -> set[tuple[int, str]]:
+        """Return (layer, path) of the linear layers that a part serves."""
+        return set(self._linears)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return (rows, columns) of the tokens of one view, if all maps have this grid."""
+        return self.view_token_grid([(height, width)] * len(self.vision_dims))
+
+    def view_token_grid(self, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Return (rows, columns) of the tokens of one view whose features have these grids."""
+        return self.config.view_token_grid(grids)
+
+    def forward(self, features: Sequence[Tensor]) -> Plugged:  # pyright: ignore
+        """Map feature maps (T, H, W, D_i) to tokens (T, N, E) and to what the layers read."""
+        tokens: Tensor | None = None
+        sides: dict[int, Sequence[Tensor]] = {}
+        for number, (part, spec) in enumerate(zip(self.parts, self.config.parts, strict=True)):
+            chosen = spec.choose(features)
+            if "project" in part.faces:
+                tokens = part(chosen)
+            if part.side_kind != "none":
+                sides[number] = part.side(chosen, tokens)
+            if part.takes_tokens:
+                assert tokens is not None, "checked when the config was read"
+                tokens = part.replace_tokens(tokens)
+        assert tokens is not None, "checked when the config was read"
+        return Plugged(tokens, sides)
+
+    def project(self, features: Sequence[Tensor]) -> Tensor:
+        """Map feature maps (T, H, W, D_i) to the tokens that stand in the sequence, (T, N, E)."""
+        return self.forward(features).tokens
+
+    def apply_layer(
+        self, layer: int, where: Where, hidden: Tensor, context: FusionContext
+    ) -> Tensor:
+        """Return hidden states (B, L, E) after all parts that act at this place."""
+        for number, site in self._layers.get((layer, where), ()):
+            side = context.sides.get(number)
+            hidden = self.parts[number].layer_apply(site, hidden, context, side)
+        return hidden
+
+    def linear_parts(self, layer: int, name: str) -> list[tuple[Connector, LinearSite]]:
+        """Return the parts that serve a linear layer, with their site."""
+        return [(self.parts[n], site) for n, site in self._linears.get((layer, name), ())]
+
+    def by_kind(self, kind: str) -> Mapping[int, Connector]:
+        """Return the parts whose `side_kind` is `kind`, by number."""
+        return {n: part for n, part in enumerate(self.parts) if part.side_kind == kind}
