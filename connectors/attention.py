@@ -3,6 +3,7 @@
 Shapes: T views, Q queries, K keys, P channels of a head.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +45,30 @@ def attend(
         enable_gqa=key_heads != num_heads,
     )
     return mixed.transpose(1, 2).flatten(2)
+
+
+def attend_in_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return what `attend` does, step by step, in the order of transformers' eager attention.
+
+    For few queries in float32, where a fused kernel saves nothing: the sums round as the
+    reference's do. Post-LN layers magnify that rounding; fused, the Q-Former's gradients differ in
+    the sixth digit. A query that may look nowhere gets the mean of all values, not a NaN.
+    """
+    scores = _heads(query, num_heads) @ _heads(key, num_heads).transpose(2, 3)
+    scores = scores * (query.shape[-1] // num_heads) ** -0.5  # (T, heads, Q, K)
+    if mask is not None:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return (weights @ _heads(value, num_heads)).transpose(1, 2).flatten(2)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

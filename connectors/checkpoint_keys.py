@@ -24,7 +24,27 @@ def from_published(connector: Connector, state: Mapping[str, Tensor]) -> dict[st
         UserError: no known format fits, a weight is missing or left over, or a shape differs.
     """
     tables = type(connector).key_tables(connector.config)
-    name = type(connector).__name__
+    name = f"{type(connector).__name__} with {connector.config}"
+    return read_published(tables, state, connector.state_dict(), name)
+
+
+def read_published(
+    tables: Mapping[str, Table],
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    name: str,
+) -> dict[str, Tensor]:
+    """Do the same for any module.
+
+    Args:
+        tables: its key tables, by format.
+        state: the published checkpoint's tensors.
+        expected: the module's own state dict, for the shapes.
+        name: the module, for the message.
+
+    Raises:
+        UserError: as in `from_published`.
+    """
     candidates = [(table, find_keys(table, state)) for table in tables.values()]
     candidates = [(table, found) for table, found in candidates if found]
     if not candidates:
@@ -36,17 +56,17 @@ def from_published(connector: Connector, state: Mapping[str, Tensor]) -> dict[st
             }
         )
         raise UserError(
-            f"the checkpoint holds no connector that {name} with {connector.config} knows; "
+            f"the checkpoint holds no connector that {name} knows; "
             f"it looks for keys under {', '.join(roots) or 'none'}"
         )
     table, found = min(candidates, key=lambda candidate: len(set(candidate[0]) ^ set(candidate[1])))
     if wrong := sorted(set(found) ^ set(table)):
         raise UserError(
-            f"the checkpoint's connector does not fit {name} with {connector.config}: "
+            f"the checkpoint's connector does not fit {name}: "
             f"{', '.join(wrong)} stand only in one of the two"
         )
     own = translate(table, {theirs: state[key] for theirs, key in found.items()})
-    _check_shapes(connector.state_dict(), own)
+    _check_shapes(expected, own)
     return own
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from connectors.attention import attend
+from connectors.attention import attend_in_steps
 from connectors.errors import UserError
 from connectors.float32 import Float32Module
 
@@ -76,8 +76,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         """Let x (T, N, C) look at context (T, K, context_dim) where mask (T, [N,] K) is True."""
         dropout = self.dropout if self.training else 0.0
-        key, value = self.to_k(context), self.to_v(context)
-        mixed = attend(self.to_q(x), key, value, self.num_heads, mask, dropout=dropout)
+        query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+        mixed = attend_in_steps(query, key, value, self.num_heads, mask, dropout=dropout)
         return self.norm(x + F.dropout(self.to_out(mixed), dropout))
 
 
