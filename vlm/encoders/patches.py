@@ -42,6 +42,7 @@ class PatchesEncoder(VisionEncoder[PatchesEncoderConfig]):
     """Cuts views into patches; nothing is learned."""
 
     type_name = "patches"
+    needs_source = False  # there are no weights to load
     config_class = PatchesEncoderConfig
 
     def __init__(self, config: PatchesEncoderConfig) -> None:
