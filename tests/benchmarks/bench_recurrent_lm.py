@@ -21,7 +21,8 @@ from vlm.mamba_scan import use_scan
 
 MAMBA = {"state_size": 16}
 JAMBA = {"mamba_d_state": 16, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
-JAMBA |= {"num_experts_per_tok": 1, "num_attention_heads": 4, "intermediate_size": 512}
+JAMBA |= {"num_experts_per_tok": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
+JAMBA |= {"intermediate_size": 512}
 KINDS = {"mamba": MAMBA, "falcon_mamba": MAMBA, "jamba": JAMBA}
 
 

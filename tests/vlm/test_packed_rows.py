@@ -49,4 +49,5 @@ def test_put_back_undoes_take_apart_and_leaves_padding_zero(case) -> None:
     back = put_back(apart, places, *real.shape)
     assert torch.equal(back, x * real[..., None])
     back.sum().backward()
+    assert x.grad is not None
     assert torch.equal(x.grad, real[..., None].expand_as(x).to(x))

@@ -28,7 +28,8 @@ def test_attention_alone_has_no_state(kind, make_causal_lm) -> None:
 
 
 def test_a_hybrid_without_attention_layers_has_no_keys(make_causal_lm, make_with, rows) -> None:
-    assert not state_traits(make_causal_lm("bamba", attn_layer_indices=[]).base_model).has_keys
+    traits = state_traits(make_causal_lm("bamba", attn_layer_indices=[]).base_model)
+    assert traits is not None and not traits.has_keys
     model, processor = make_with("bamba", attn_layer_indices=[])
     batch = processor.collate(rows(processor, supervise=False), "left")
     cached = model.generate(**batch, **GREEDY)
@@ -76,10 +77,13 @@ def test_drafts_that_must_be_taken_back_are_refused(kind, stateful, make_with, r
 def test_training_keeps_no_cache(make_causal_lm) -> None:
     language_model = make_causal_lm("xlstm").base_model
     traits = state_traits(language_model)
+    assert traits is not None
     embeds = torch.randn(1, 4, 128)
     assert isinstance(new_cache(language_model, traits), StateCache)
     output = run(language_model.train(), traits, embeds, use_cache=True)
     assert output.past_key_values is None
+    assert output.last_hidden_state is not None
     output.last_hidden_state.sum().backward()
     output = run(language_model.eval(), traits, embeds)
+    assert output.past_key_values is not None
     assert output.past_key_values.get_seq_length() == 4
