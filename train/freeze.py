@@ -1,7 +1,8 @@
 """Which parameters train, and at which learning rate? A positive list, one owner per parameter.
 
 A part that is not named in `trainable` is frozen. Norms, biases and single vectors (the newline
-token) are excluded from weight decay, by their number of dimensions.
+token) are excluded from weight decay by their number of dimensions, and beside them what a module's
+`no_weight_decay()` names, as timm's do: position tables, class tokens, the decays of a scan.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,16 +44,26 @@ def freeze(model: "nn.Module", trainable: Mapping[str, float]) -> list[Group]:
         model: a VlmForConditionalGeneration; before any sharding, while shapes are whole.
         trainable: part -> learning rate.
     """
+    exempt = set(_exempt_from_decay(model))
     names: dict[tuple[str, bool], list[str]] = {}
     for name, parameter in model.named_parameters():
         part = owner(name)
         parameter.requires_grad_(part in trainable)
         if part in trainable:
-            names.setdefault((part, parameter.ndim >= 2), []).append(name)
+            decays = parameter.ndim >= 2 and name not in exempt
+            names.setdefault((part, decays), []).append(name)
     return [
         Group(part=part, learning_rate=trainable[part], decays=decays, names=tuple(found))
         for (part, decays), found in names.items()
     ]
+
+
+def _exempt_from_decay(model: "nn.Module") -> Iterator[str]:
+    """Yield the full names of parameters that a module's own `no_weight_decay()` names."""
+    for prefix, module in model.named_modules():
+        if callable(getattr(module, "no_weight_decay", None)):
+            for name in module.no_weight_decay():  # pyright: ignore[reportCallIssue]
+                yield f"{prefix}.{name}"
 
 
 def optimizer_groups(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from train.freeze import describe, freeze, optimizer_groups, owner
+from vlm.encoders import build_vision_encoder
 
 
 def test_named_parts_train_and_the_rest_does_not(make_model):
@@ -30,6 +31,20 @@ def test_every_trainable_parameter_is_in_one_group(make_model, tied):
         for p in group["params"]:
             assert (group["weight_decay"] > 0) == (p.ndim >= 2)
     assert torch.optim.AdamW(groups).param_groups[0]["lr"] in rates.values()
+
+
+def test_what_a_module_exempts_does_not_decay(make_model):
+    architecture = {"embed_dim": 16, "depth": 1, "patch_size": 8}
+    model, _ = make_model()
+    vim = {"type": "vim", "image_size": 32, "architecture": architecture}
+    model.model.vision_tower = build_vision_encoder(vim)
+    groups = freeze(model, {"vision_tower": 1e-3})
+    still = {
+        name.rsplit(".", 1)[-1] for group in groups if not group.decays for name in group.names
+    }
+    assert {"A_log", "A_b_log", "pos_embed", "cls_token"} <= still
+    decayed = {name for group in groups if group.decays for name in group.names}
+    assert any(name.endswith("in_proj.weight") for name in decayed)
 
 
 def test_a_parameter_without_an_owner_is_a_bug(make_model):

@@ -197,6 +197,10 @@ class Positions(nn.Module):
         self.embed = nn.Parameter(torch.empty(1, *grid, dim))
         nn.init.trunc_normal_(self.embed, std=0.02)
 
+    def no_weight_decay(self) -> set[str]:
+        """Name the positions, as the reference does."""
+        return {"embed"}
+
     def forward(self, grid: Grid) -> Tensor:
         """Return (1, L, D) for the grid (H, W)."""
         stored = (self.embed.shape[1], self.embed.shape[2])

@@ -194,6 +194,10 @@ class Vim(nn.Module):
         )
         self.norm_f = RMSNorm(a.embed_dim, a.norm_eps) if normed else None
 
+    def no_weight_decay(self) -> set[str]:
+        """Name positions and class tokens, as the reference does."""
+        return {"pos_embed", *self.token_names}
+
     def class_tokens(self) -> list[nn.Parameter]:
         """Return the class tokens, each (1, 1, D), in the order of the sequence."""
         return [self.get_parameter(name) for name in self.token_names]

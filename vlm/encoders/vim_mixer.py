@@ -99,6 +99,10 @@ class MambaMixer(nn.Module):
         if layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
 
+    def no_weight_decay(self) -> set[str]:
+        """Name the decays of the scan, which the reference marks so."""
+        return {"A_log", "A_b_log"}
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)

@@ -74,6 +74,10 @@ class SS2D(nn.Module):
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = linear(inner, dim, bias=False)
 
+    def no_weight_decay(self) -> set[str]:
+        """Name the decays of the scan, which the reference marks so, and a bias of two axes."""
+        return {"A_logs", "dt_projs_bias"}
+
     def forward(self, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
         """Mix places.
 
