@@ -9,9 +9,11 @@ from connectors.cabstractor import CAbstractorConnector
 from connectors.chain import ChainConfig, ConnectorChain, Part
 from connectors.channel_concat import ChannelConcatConnector
 from connectors.config import check_value, config_from_mapping
+from connectors.deepstack import DeepStackConnector
 from connectors.errors import UserError
 from connectors.fusion import HostShape
 from connectors.fuyu import FuyuConnector
+from connectors.gated_cross_attention import GatedCrossAttentionConnector
 from connectors.idefics2_perceiver import Idefics2PerceiverConnector
 from connectors.kan import KANConnector
 from connectors.linear import LinearConnector
@@ -47,7 +49,9 @@ ConnectorChoice = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 CONNECTORS: dict[str, type[Connector]] = {
     "cabstractor": CAbstractorConnector,
     "channel_concat": ChannelConcatConnector,
+    "deepstack": DeepStackConnector,
     "fuyu": FuyuConnector,
+    "gated_cross_attention": GatedCrossAttentionConnector,
     "idefics2_perceiver": Idefics2PerceiverConnector,
     "kan": KANConnector,
     "linear": LinearConnector,
@@ -65,7 +69,7 @@ CONNECTORS: dict[str, type[Connector]] = {
 }
 
 
-def _parse(config: Mapping[str, Any]) -> tuple[type[Connector], ConnectorConfig]:
+def _parse(config: Any) -> tuple[type[Connector], ConnectorConfig]:
     """Return the connector class that `config["type"]` names, and its checked config."""
     if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
         raise UserError(

@@ -1,0 +1,197 @@
+"""Do connectors inside the language model do what those before it do, in every use of the model?"""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+LORA = {"type": "partial_lora", "rank": 4, "alpha": 4.0, "dropout": 0.0}
+GATED = {"type": "gated_cross_attention", "every": 1, "num_heads": 2, "head_dim": 4}
+PERCEIVER = {
+    "type": "perceiver",
+    "num_queries": 3,
+    "num_layers": 1,
+    "num_heads": 2,
+    "head_dim": 4,
+    "projection": "none",
+}
+CHAINS = {
+    "mlp": {"type": "mlp"},
+    "partial_lora": [{"type": "mlp"}, LORA],
+    "deepstack": [{"type": "pixel_shuffle"}, {"type": "deepstack", "factor": 2}],
+    "flamingo": [PERCEIVER, GATED],
+    "flamingo_previous": [PERCEIVER, {**GATED, "scope": "previous", "every": 2}],
+    "lora_and_deepstack": [{"type": "mlp"}, {"type": "deepstack"}, LORA],
+}
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture(params=CHAINS)
+def chain(request):
+    return CHAINS[request.param]
+
+
+@pytest.fixture
+def make(make_model):
+    """(chain, **options) -> (model, processor), the connector's zeros and gates filled."""
+
+    def build(chain, **options):
+        model, processor = make_model(connector=chain, **options)
+        torch.manual_seed(3)
+        for parameter in model.model.connector.parameters():
+            if parameter.abs().sum() == 0:
+                torch.nn.init.normal_(parameter, std=0.5)
+        return model, processor
+
+    return build
+
+
+def without_labels(row):
+    return {key: value for key, value in row.items() if key != "labels"}
+
+
+def test_cached_generation_equals_the_full_pass_in_a_padded_mixed_batch(chain, make, rows) -> None:
+    model, processor = make(chain)
+    asked = rows(processor, supervise=False)
+    batch = processor.collate(asked, "left")
+    together = model.generate(**batch, **GREEDY)
+    assert torch.equal(together, model.generate(**batch, **GREEDY, use_cache=False))
+    sequences = together[:, batch["input_ids"].shape[1] :]
+    for row, reply in zip(asked, sequences, strict=True):
+        alone = model.generate(**processor.collate([row], "left"), **GREEDY)
+        assert torch.equal(
+            reply[: alone.shape[1] - len(row["input_ids"])], alone[0, len(row["input_ids"]) :]
+        )
+
+
+@torch.no_grad()
+def test_each_step_with_a_cache_has_the_logits_of_the_full_pass(chain, make, rows) -> None:
+    model, processor = make(chain)
+    batch = processor.collate(rows(processor, supervise=False), "left")
+    mask = batch.pop("attention_mask")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(**batch, attention_mask=mask, position_ids=positions, use_cache=True)
+    cache, ids = output.past_key_values, batch["input_ids"]
+    for token in (7, 8, 9):
+        new = torch.full_like(ids[:, :1], token)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        step = model(
+            input_ids=new,
+            attention_mask=mask,
+            position_ids=positions[:, -1:],
+            past_key_values=cache,
+        )
+        whole = model(**{**batch, "input_ids": ids}, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_beams_keep_their_images(chain, make, rows) -> None:
+    model, processor = make(chain)
+    asked = rows(processor, supervise=False)
+    batch = processor.collate(asked, "left")
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    together = model.generate(**batch, **options)
+    start = batch["input_ids"].shape[1]
+    for i, row in enumerate(asked):
+        alone = model.generate(**processor.collate([row], "left"), **options)
+        alone = alone[0, len(row["input_ids"]) :]
+        assert torch.equal(together[i, start:][: len(alone)], alone)
+
+
+def test_packed_documents_do_not_see_each_other(chain, make, rows) -> None:
+    model, processor = make(chain)
+    separate = [without_labels(row) for row in rows(processor)]
+    separate = [separate[0], separate[2], separate[1]]  # the text comes after documents with images
+    packed = {
+        key: torch.cat([row[key] for row in separate if key in row])
+        for key in ("pixel_values", "tile_grids", "image_sizes")
+    }
+    packed["input_ids"] = torch.cat([row["input_ids"] for row in separate])[None]
+    lengths = [len(row["input_ids"]) for row in separate]
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    alone = [model(**processor.collate([row], "right")).logits[0] for row in separate]
+    logits = model(**packed, attention_mask=torch.ones_like(packed["input_ids"])).logits[0]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_training_steps_reach_every_weight_with_and_without_images(chain, make, rows) -> None:
+    model, processor = make(chain, tiling={"type": "anyres"})
+    model.train()
+    encoded = rows(processor)
+    found = []
+    for chosen in (encoded, encoded[1:2]):
+        model.zero_grad()
+        model(**processor.collate(chosen, "right")).loss.backward()
+        found.append({n for n, p in model.named_parameters() if p.grad is not None})
+        connector = model.model.connector.named_parameters()
+        assert all(p.grad is not None for _, p in connector)
+    assert found[0] == found[1]
+    model.zero_grad()
+    model(**processor.collate(encoded, "right")).loss.backward()
+    # Nothing reads what the last layer makes of image tokens, but their keys and values.
+    unread = re.compile(r"parts\.\d\.layers\.1\.(self_attn_[qo]|mlp_\w+)_proj")
+    for name, parameter in model.model.connector.named_parameters():
+        assert parameter.grad.abs().sum() > 0 or unread.search(name), name
+
+
+def test_gradient_checkpointing_changes_no_gradient(chain, make, rows) -> None:
+    model, processor = make(chain)
+    batch = processor.collate(rows(processor), "right")
+    other = processor.collate(rows(processor)[1:2], "right")
+    results = []
+    for enabled in (False, True):
+        if enabled:
+            model.activation_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        loss = model(**batch).loss
+        with torch.no_grad():
+            model(**other)  # a forward between must not change what is computed again
+        loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad, rtol=1e-5, atol=1e-6)
+
+
+def test_peft_beside_it_trains_the_connector_and_merges(chain, make, rows) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = make(chain)
+    batch = processor.collate(rows(processor), "right")
+    before = model(**batch).loss
+    config = LoraConfig(
+        r=2,
+        target_modules=r".*language_model.*\.(q_proj|down_proj)",
+        modules_to_save=["connector"],
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, config)
+    torch.testing.assert_close(wrapped(**batch).loss, before)
+    wrapped.train()
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    wrapped(**batch).loss.backward()
+    trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    optimizer.step()
+    wrapped.eval()
+    after = wrapped(**batch).loss
+    assert not torch.allclose(after, before)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).loss, after, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_loaded_and_copied_models_are_equal(chain, make, rows, tmp_path: Path) -> None:
+    model, processor = make(chain)
+    batch = processor.collate(rows(processor, supervise=False), "left")
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**batch).logits, expected)
+    twin = copy.deepcopy(model)
+    for parameter in model.model.connector.parameters():
+        parameter.data.zero_()
+    assert torch.equal(twin(**batch).logits, expected)
