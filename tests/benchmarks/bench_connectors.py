@@ -158,8 +158,8 @@ def main() -> None:
         (forward, both), (their_forward, their_both) = best
         print(
             f"{build.__name__:10} {forward:8.1f} /{their_forward:8.1f}  "
-            f"{forward / their_forward:.2f} | {both:8.1f} /{their_both:8.1f}  {both / their_both:.2f}"
-            f" | {values:.0e} {gradients:.0e}"
+            f"{forward / their_forward:.2f} | {both:8.1f} /{their_both:8.1f}  "
+            f"{both / their_both:.2f} | {values:.0e} {gradients:.0e}"
         )
 
 
