@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch import Tensor, cat
 
+from connectors.errors import UserError
+
 
 class Layout(Protocol):
     """One published tensor against one or more of ours."""
@@ -72,6 +74,58 @@ class Unsqueezed:
     def join(self, ours: Sequence[Tensor]) -> Tensor:
         """Add the first dimension."""
         return ours[0][None]
+
+
+class GroupedHeads:
+    """Rows of queries, keys and values stand head group by head group, as in InternLM2's `wqkv`.
+
+    Each group is that of one head of the keys: its heads of the queries, its keys, its values.
+    Ours are queries, keys and values, each with its heads in order.
+    """
+
+    def __init__(self, query: str, key: str, value: str, num_key_heads: int, head_dim: int) -> None:
+        self.names = (query, key, value)
+        self.num_key_heads = num_key_heads
+        self.head_dim = head_dim
+
+    def split(self, theirs: Tensor) -> list[Tensor]:
+        """Cut (G * (n + 2) * P, ...) of G groups into (G * n * P, ...) and two of (G * P, ...)."""
+        groups = theirs.unflatten(0, (self.num_key_heads, -1, self.head_dim))
+        parts = (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])
+        return [part.flatten(0, 2).contiguous() for part in parts]
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Put the rows in groups again."""
+        parts = [part.unflatten(0, (self.num_key_heads, -1, self.head_dim)) for part in ours]
+        return cat(parts, dim=1).flatten(0, 2)
+
+
+class Repeated:
+    """The published tensor is several of ours, which do not differ: what they do is shared there.
+
+    Once ours were trained apart from each other there is no way back; `join` refuses.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def split(self, theirs: Tensor) -> list[Tensor]:
+        """Give each its copy."""
+        return [theirs.clone() for _ in self.names]
+
+    def join(self, ours: Sequence[Tensor]) -> Tensor:
+        """Return the one tensor.
+
+        Raises:
+            UserError: ours differ.
+        """
+        for name, tensor in zip(self.names, ours, strict=True):
+            if not tensor.equal(ours[0]):
+                raise UserError(
+                    f"{name} differs from {self.names[0]}, but the published format has one weight "
+                    "for both; weights trained apart cannot be written in it"
+                )
+        return ours[0]
 
 
 class KeyTable(dict[str, "str | Layout"]):

@@ -1,0 +1,144 @@
+"""What stands for a language model's linear layers at image tokens? CogVLM's visual expert.
+
+Shapes: B batch, L positions, K image tokens of the batch, C channels in, F channels out.
+
+Each linear layer of a decoder layer has a second one for image tokens; attention itself, and the
+norms, are one for all tokens. The second weights begin as copies of the first.
+
+Surprises:
+- The last token of an image, the reference's `eoi`, goes through the language model's own weights
+  (`FusionContext.inner_rows`).
+- CogVLM2's experts add a bias to queries, keys and values where the language model has none; such
+  a bias begins as zeros.
+- The patches of an image share one position (`shared_positions`).
+
+Follows `modeling_cogvlm.py` of THUDM/cogvlm2-llama3-chat-19B; section 2.1 of arXiv:2311.03079.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from connectors.key_table import KeyTable, Layout, Stacked
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One linear layer of a decoder layer, by its path in it."""
+
+    name: str
+    in_dim: int
+    out_dim: int
+    bias: bool
+
+
+class LayerExperts(nn.Module):
+    """The experts of one decoder layer."""
+
+    def __init__(self, shapes: Sequence[ExpertShape]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleDict(
+            {key_of(s.name): nn.Linear(s.in_dim, s.out_dim, bias=s.bias) for s in shapes}
+        )
+
+    def forward(self, name: str, x: Tensor) -> Tensor:
+        """Map image tokens (K, C) to (K, F) with the expert of the linear layer `name`."""
+        return self.linears[key_of(name)](x)
+
+
+def key_of(name: str) -> str:
+    """Return a path as the name of a module, which has no dots."""
+    return name.replace(".", "_")
+
+
+@torch.no_grad()
+def copy_linear(
+    expert: nn.Linear,
+    base: nn.Linear,
+    gather: AbstractContextManager | None = None,
+) -> None:
+    """Begin an expert as the language model's own layer, without copying its dtype or device.
+
+    Args:
+        expert: as wide as `base`; a bias that `base` lacks becomes zeros.
+        base: a layer whose weights are numbers, not packed ones of a quantised model.
+        gather: under ZeRO-3 what makes both layers whole meanwhile, and shares out the expert
+            again: `deepspeed.zero.GatheredParameters([*expert.parameters(), *base.parameters()],
+            modifier_rank=0)`.
+    """
+    with gather or nullcontext():
+        assert expert.weight.shape == base.weight.shape, (expert, base)
+        expert.weight.copy_(base.weight)
+        if expert.bias is not None:
+            expert.bias.zero_() if base.bias is None else expert.bias.copy_(base.bias)
+
+
+def shared_positions(images: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Return position ids (B, L) in which the inner tokens of an image share one.
+
+    The first and the last token of an image keep their own, as `boi` and `eoi` do:
+
+        text  boi  patch  patch  patch  eoi  text
+           0    1      2      2      2    3     4
+
+    Args:
+        images: (B, L) number of the image that each position belongs to; -1: text.
+        documents: (B, L) number of the position's document in its row, where several are packed:
+            each begins at 0.
+    """
+    joins = (images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0)  # belongs to its left one
+    border = torch.zeros_like(joins[:, :1])
+    left, right = torch.cat([border, joins], dim=1), torch.cat([joins, border], dim=1)
+    inner = left & right
+    stays = inner & torch.cat([border, inner[:, :-1]], dim=1)
+    ids = (~stays).long().cumsum(-1) - 1
+    if documents is None:
+        return ids
+    starts = torch.cat([~border, documents[:, 1:] != documents[:, :-1]], dim=1)
+    return ids - torch.where(starts, ids, 0).cummax(-1).values
+
+
+# CogVLM's names of the second linear layers of a decoder layer, and what each computes.
+_LINEARS = {
+    "self_attn.vision_expert_query_key_value": ("q", "k", "v"),
+    "self_attn.vision_expert_dense": ("o",),
+    "mlp.vision_mlp.gate_proj": ("gate",),
+    "mlp.vision_mlp.up_proj": ("up",),
+    "mlp.vision_mlp.down_proj": ("down",),
+}
+
+
+def visual_expert_keys(
+    layers: Sequence[Mapping[str, str]], qkv_sizes: Sequence[int], *, qkv_bias: bool
+) -> dict[str, KeyTable]:
+    """Return {format: {published key: ours}} of CogVLM's and CogVLM2's checkpoints: experts only.
+
+    Args:
+        layers: of each decoder layer, {role: name of our expert and a dot}, such as {"q":
+            "layers.0.linears.self_attn_q_proj."}; roles that one layer computes have the same name.
+            Roles that are left out have no expert.
+        qkv_sizes: rows of queries, keys and values.
+        qkv_bias: whether their expert adds a bias (CogVLM2).
+
+    Returns:
+        Nothing where a host joins gate and up, which are two layers in the checkpoints.
+    """
+    keys: dict[str, str | Layout] = {}
+    roots = []
+    for i, names in enumerate(layers):
+        if "gate" in names and names["gate"] == names.get("up"):
+            return {}
+        for linear, roles in _LINEARS.items():
+            ours = list(dict.fromkeys(names[role] for role in roles if role in names))
+            if not ours:
+                continue
+            place = f"model.layers.{i}.{linear}"
+            roots.append(place)
+            for kind in ("weight", "bias") if qkv_bias and "q" in roles else ("weight",):
+                parts = [f"{name}{kind}" for name in ours]
+                stacked = Stacked(*parts, sizes=qkv_sizes)
+                keys[f"{place}.{kind}"] = parts[0] if len(parts) == 1 else stacked
+    return {"cogvlm": KeyTable(keys, roots)}
