@@ -14,6 +14,7 @@ from connectors.errors import UserError
 from connectors.fusion import HostShape
 from connectors.fuyu import FuyuConnector
 from connectors.gated_cross_attention import GatedCrossAttentionConnector
+from connectors.high_resolution_cross_attention import HighResolutionConnector
 from connectors.idefics2_perceiver import Idefics2PerceiverConnector
 from connectors.kan import KANConnector
 from connectors.linear import LinearConnector
@@ -29,6 +30,7 @@ from connectors.qwen2vl_merger import Qwen2VLMergerConnector
 from connectors.qwen_vl import QwenVLConnector
 from connectors.registry import lookup
 from connectors.sva import SVAConnector
+from connectors.visual_expert import VisualExpertConnector
 
 __all__ = [
     "CONNECTORS",
@@ -52,6 +54,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "deepstack": DeepStackConnector,
     "fuyu": FuyuConnector,
     "gated_cross_attention": GatedCrossAttentionConnector,
+    "high_resolution_cross_attention": HighResolutionConnector,
     "idefics2_perceiver": Idefics2PerceiverConnector,
     "kan": KANConnector,
     "linear": LinearConnector,
@@ -66,6 +69,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "qwen2vl_merger": Qwen2VLMergerConnector,
     "qwen_vl": QwenVLConnector,
     "sva": SVAConnector,
+    "visual_expert": VisualExpertConnector,
 }
 
 

@@ -10,7 +10,7 @@ A connector with the last two faces alone needs one that projects before it in t
 Shapes: T views, H W feature grid, D encoder width, N tokens per view, E language-model width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, Self, TypeVar
 
@@ -159,9 +159,16 @@ class Connector(nn.Module, Generic[C]):
         """Map the inputs of chosen tokens (K, in) to (K, out)."""
         raise NotImplementedError
 
+    def begin_from(self, linear_at: Callable[[LinearSite], nn.Module]) -> None:
+        """Let new weights begin as those of the language model's linear layers, where published."""
+
     def itself(self) -> Self:
         """Return the connector also where it is asked of a wrapper (PEFT's modules_to_save)."""
         return self
+
+    def published_keys(self) -> Mapping[str, Mapping[str, str | Layout]]:
+        """Return `key_tables`; connectors inside the language model look at its layers first."""
+        return type(self).key_tables(self.config)
 
     @classmethod
     def key_tables(cls, config: C) -> Mapping[str, Mapping[str, str | Layout]]:

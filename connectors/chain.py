@@ -9,7 +9,7 @@ gets them instead of the sequence. Each part sees all feature maps, or those tha
 names: `[{type: mlp, features: [3]}, {type: deepstack, features: [0, 1, 2]}]`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -198,6 +198,11 @@ class ConnectorChain(Connector[ChainConfig]):
     def linear_parts(self, layer: int, name: str) -> list[tuple[Connector, LinearSite]]:
         """Return the parts that serve a linear layer, with their site."""
         return [(self.parts[n], site) for n, site in self._linears.get((layer, name), ())]
+
+    def begin_from(self, linear_at: Callable[[LinearSite], nn.Module]) -> None:
+        """Let the parts' new weights begin as those of the language model's linear layers."""
+        for part in self.parts:
+            part.begin_from(linear_at)
 
     def by_kind(self, kind: str) -> Mapping[int, Connector]:
         """Return the parts whose `side_kind` is `kind`, by number."""

@@ -23,7 +23,7 @@ def from_published(connector: Connector, state: Mapping[str, Tensor]) -> dict[st
     Raises:
         UserError: no known format fits, a weight is missing or left over, or a shape differs.
     """
-    tables = type(connector).key_tables(connector.config)
+    tables = connector.published_keys()
     name = f"{type(connector).__name__} with {connector.config}"
     return read_published(tables, state, connector.state_dict(), name)
 
@@ -76,7 +76,7 @@ def to_published(connector: Connector, format_name: str) -> dict[str, Tensor]:
     Raises:
         UserError: the connector has no such format.
     """
-    tables = type(connector).key_tables(connector.config)
+    tables = connector.published_keys()
     table = lookup(f"checkpoint format of {type(connector).__name__}", format_name, tables)
     return translate_back(table, connector.state_dict())
 

@@ -10,7 +10,7 @@ Surprises:
   image came last) is carried in `Media`, row by row, beside the keys and values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -51,12 +51,18 @@ class HostShape:
         model_type: transformers' name of its family.
         hidden_dim: E.
         num_heads: heads of its attention.
+        num_key_heads: heads of its keys and values.
+        head_dim: channels of a head.
+        norm_eps: of its norms.
         layers: the linear layers of each decoder layer.
     """
 
     model_type: str
     hidden_dim: int
     num_heads: int
+    num_key_heads: int
+    head_dim: int
+    norm_eps: float
     layers: tuple[tuple[HostLinear, ...], ...]
 
     @property
@@ -101,6 +107,17 @@ class Media:
     images: Tensor
     documents: Tensor
     projected: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self, name: str, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """Return what `function` makes of the tokens; kept for later calls that train nothing.
+
+        What training computes belongs to its graph, and is computed again in the backward pass.
+        """
+        if torch.is_grad_enabled():
+            return function(tokens)
+        if name not in self.projected:
+            self.projected[name] = function(tokens)
+        return self.projected[name]
 
 
 @dataclass

@@ -8,26 +8,27 @@ image that began last in its document, and adds a feed-forward layer; both behin
 at 0, so that the language model starts unchanged. In the sequence one learned token stands for each
 view: `[{type: perceiver, projection: none}, {type: gated_cross_attention}]` is Flamingo.
 
-Surprises:
-- Positions before the first image get nothing from the attention. The reference does so for the
-  image that began last; for all earlier ones it lets them attend to everything, by mistake.
-- Media are not normed here: the perceiver ends in a norm.
-
-Follows `GatedCrossAttentionBlock` in `open_flamingo/src/helpers.py` of mlfoundations/open_flamingo.
+The block is in connectors/gated_cross_attention_blocks.py.
+Follows `open_flamingo/src/flamingo_lm.py` of mlfoundations/open_flamingo.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from connectors.attention import attend
 from connectors.base import Connector, ConnectorConfig
 from connectors.config import check_positive
 from connectors.errors import UserError
 from connectors.fusion import FusionContext, HostShape, LayerSite, Media
+from connectors.gated_cross_attention_blocks import (
+    GatedCrossAttentionBlock,
+    gated_cross_attention_keys,
+    gated_layers,
+)
+from connectors.key_table import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,60 +57,6 @@ class GatedCrossAttentionConfig(ConnectorConfig):
         return 1, 1
 
 
-class GatedBlock(nn.Module):
-    """Attention to media and a feed-forward layer, each behind tanh of a gate."""
-
-    def __init__(
-        self, dim: int, media_dim: int, num_heads: int, head_dim: int, hidden_factor: int
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        inner = num_heads * head_dim
-        self.norm = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(media_dim, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, dim, bias=False)
-        self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, hidden_factor * dim, bias=False),
-            nn.GELU(),
-            nn.Linear(hidden_factor * dim, dim, bias=False),
-        )
-        self.feed_forward_gate = nn.Parameter(torch.zeros(1))
-
-    def forward(
-        self,
-        x: Tensor,
-        media: Tensor | None,
-        mask: Tensor | None,
-        projected: dict[str, Tensor] | None = None,
-        name: str = "",
-    ) -> Tensor:
-        """Map hidden states (B, L, E) to hidden states.
-
-        Args:
-            x: (B, L, E).
-            media: (B, M, D); None: no position sees any.
-            mask: (B, L, M), True where a position may look.
-            projected: where keys and values (B, M, 2 * inner) are kept between calls.
-            name: theirs in `projected`.
-        """
-        if media is not None and mask is not None:
-            kv = None if projected is None else projected.get(name)
-            if kv is None:
-                kv = self.to_kv(media)
-                if projected is not None:
-                    projected[name] = kv
-            sees = mask.any(-1, keepdim=True)  # (B, L, 1)
-            key, value = kv.chunk(2, dim=-1)
-            mask = mask | ~sees  # a softmax over nothing has no value
-            found = attend(self.to_q(self.norm(x)), key, value, self.num_heads, mask)
-            found = self.to_out(torch.where(sees, found, 0.0))
-            x = x + self.attention_gate.tanh() * found
-        return x + self.feed_forward_gate.tanh() * self.feed_forward(x)
-
-
 class Placeholder(nn.Module):
     """A learned token that stands for a view."""
 
@@ -123,7 +70,7 @@ class Placeholder(nn.Module):
 
 
 class GatedCrossAttentionConnector(Connector[GatedCrossAttentionConfig]):
-    """A `GatedBlock` before every n-th decoder layer, over the tokens of the connector before."""
+    """A block before every n-th decoder layer, over the tokens of the connector before."""
 
     config_class = GatedCrossAttentionConfig
     faces = frozenset({"in_layer"})
@@ -139,9 +86,9 @@ class GatedCrossAttentionConnector(Connector[GatedCrossAttentionConfig]):
     ) -> None:
         super().__init__(config, vision_dims, text_dim)
         self.dim_of_media = self.media_dim(config, vision_dims)
-        self._numbers = [i for i in range(num_layers) if (i + 1) % config.every == 0]
+        self._numbers = gated_layers(num_layers, config.every)
         self.blocks = nn.ModuleList(
-            GatedBlock(
+            GatedCrossAttentionBlock(
                 text_dim,
                 self.dim_of_media,
                 config.num_heads,
@@ -200,32 +147,15 @@ class GatedCrossAttentionConnector(Connector[GatedCrossAttentionConfig]):
     ) -> Tensor:
         """Pass hidden states (B, L, E) through the block before a layer."""
         number = self._numbers.index(site.layer)
-        block = self.blocks[number]
+        block: GatedCrossAttentionBlock = self.blocks[number]  # pyright: ignore
         if side is None:
-            if not context.run_all:
-                return block(hidden, None, None)
-            media = hidden.new_zeros(len(hidden), 1, self.dim_of_media)
-            return block(hidden, media, media.new_zeros(*hidden.shape[:2], 1, dtype=torch.bool))
+            return block(hidden, hidden.new_zeros(len(hidden), 0, self.dim_of_media), None)
         assert isinstance(side, Media)
-        # What training computes belongs to its graph, and is computed again in the backward pass.
-        kept = None if torch.is_grad_enabled() else side.projected
-        mask = context.attend(side, self.config.scope)
-        return block(hidden, side.tokens.to(hidden), mask, kept, f"gated.{number}")
+        mask = context.attend(side, self.config.scope).to(hidden.device)
+        media = side.tokens.to(hidden)
+        return block(hidden, media, mask, side.read(f"gated.{number}", block.read_media, media))
 
-
-def openflamingo_keys(layers: Sequence[int]) -> dict[str, str]:
-    """Return OpenFlamingo's keys of the blocks before `layers`, and ours.
-
-    The same weights also stand in its checkpoints under the decoder's own path.
-    """
-    block = {"attn.norm.weight": "norm.weight", "attn.norm.bias": "norm.bias"}
-    block |= {f"attn.{n}.weight": f"{n}.weight" for n in ("to_q", "to_kv", "to_out")}
-    block |= {
-        f"ff.{n}": f"feed_forward.{n}" for n in ("0.weight", "0.bias", "1.weight", "3.weight")
-    }
-    block |= {"attn_gate": "attention_gate", "ff_gate": "feed_forward_gate"}
-    return {
-        f"gated_cross_attn_layers.{layer}.{theirs}": f"blocks.{number}.{ours}"
-        for number, layer in enumerate(layers)
-        for theirs, ours in block.items()
-    }
+    def published_keys(self) -> Mapping[str, Mapping[str, str | Layout]]:
+        """Return OpenFlamingo's keys; its token for a view is a row of the embedding."""
+        tables = gated_cross_attention_keys(self._numbers, "blocks.")
+        return {name: table for name, table in tables.items()}

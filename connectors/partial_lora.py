@@ -4,14 +4,13 @@ Shapes: B batch, L sequence, K image tokens of the batch, R rank.
 
 Every linear layer of the decoder layers adds a product of two small matrices to what it makes of
 image tokens; text tokens pass as without it. The cost is that of the image tokens alone.
-Surprise: the second matrix begins as zeros. In the reference it does not (its `reset_parameters`
-asks for an attribute that is spelt differently), which no one wants.
+The matrices, and what the reference does otherwise, are in connectors/token_routed_linear.py.
 
 Follows the class PLoRA of InternLM/InternLM-XComposer (`build_mlp.py`); section 3.2 of
 arXiv:2401.16420.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,14 +19,10 @@ from torch import Tensor, nn
 from connectors.base import Connector, ConnectorConfig
 from connectors.config import check_positive
 from connectors.errors import UserError
-from connectors.fusion import (
-    ROLES,
-    HostLinear,
-    HostShape,
-    LinearSite,
-    Role,
-    linears_of,
-)
+from connectors.fusion import ROLES, HostShape, LinearSite, Role, linears_of
+from connectors.key_table import Layout
+from connectors.token_routed_linear import LowRank, partial_lora_keys
+from connectors.visual_expert_blocks import key_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +43,6 @@ class PartialLoraConfig(ConnectorConfig):
             )
 
 
-class LowRank(nn.Module):
-    """Two linear layers without bias, the second begun as zeros."""
-
-    def __init__(self, in_dim: int, out_dim: int, config: PartialLoraConfig) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
-        self.down = nn.Linear(in_dim, config.rank, bias=False)
-        self.up = nn.Linear(config.rank, out_dim, bias=False)
-        self.scale = config.alpha / config.rank
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (K, in) to (K, out)."""
-        return self.up(self.down(self.dropout(x))) * self.scale
-
-
 class PartialLoraConnector(Connector[PartialLoraConfig]):
     """A `LowRank` beside each linear layer, for image tokens."""
 
@@ -75,12 +54,21 @@ class PartialLoraConnector(Connector[PartialLoraConfig]):
         config: PartialLoraConfig,
         vision_dims: Sequence[int],
         text_dim: int,
-        linears: Sequence[Sequence[HostLinear]],
+        host: HostShape,
     ) -> None:
-        """Build the small matrices beside `linears`, those of each decoder layer."""
+        """Build the small matrices beside the linear layers of `host`."""
         super().__init__(config, vision_dims, text_dim)
+        self.host = host
+        linears = linears_of(host, config.linears)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({key_of(x.name): LowRank(x.in_dim, x.out_dim, config) for x in layer})
+            nn.ModuleDict(
+                {
+                    key_of(x.name): LowRank(
+                        x.in_dim, x.out_dim, config.rank, config.alpha, config.dropout
+                    )
+                    for x in layer
+                }
+            )
             for layer in linears
         )
         self._sites = [LinearSite(i, x.name) for i, layer in enumerate(linears) for x in layer]
@@ -95,7 +83,7 @@ class PartialLoraConnector(Connector[PartialLoraConfig]):
     ) -> Self:
         """Build for the language model `host`."""
         assert host is not None
-        return cls(config, vision_dims, text_dim, linears_of(host, config.linears))
+        return cls(config, vision_dims, text_dim, host)
 
     def linear_sites(self) -> Sequence[LinearSite]:
         """Return the linear layers with small matrices beside them."""
@@ -106,7 +94,23 @@ class PartialLoraConnector(Connector[PartialLoraConfig]):
         layer: nn.ModuleDict = self.layers[site.layer]  # pyright: ignore
         return layer[key_of(site.name)](x)
 
+    def published_keys(self) -> Mapping[str, Mapping[str, str | Layout]]:
+        """Return XComposer2's keys, if the language model's heads are known."""
+        host = self.host
+        layers = names_by_role(host, self.config.linears)
+        return partial_lora_keys(layers, host.num_key_heads, host.head_dim)
 
-def key_of(name: str) -> str:
-    """Return a path as the name of a module, which has no dots."""
-    return name.replace(".", "_")
+
+def names_by_role(
+    host: HostShape, roles: Sequence[Role], place: str = "layers.{}."
+) -> list[dict[str, str]]:
+    """Return, for each decoder layer, {role: name of the module beside its linear layer, a dot}."""
+    return [
+        {
+            role: f"{place.format(i)}{key_of(linear.name)}."
+            for linear in layer
+            for role in linear.roles
+            if role in roles
+        }
+        for i, layer in enumerate(linears_of(host, roles))
+    ]

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from connectors.chain import ConnectorChain
 from connectors.fusion import FusionContext, Where
+from connectors.token_routed_linear import add_rows, join_rows, other_rows
 from vlm.hosts import HostFamily, decoder_layers, family_of, linear_at
 
 ARGUMENT = "fusion_call"
@@ -134,49 +135,38 @@ class AtLinear:
     def __init__(self, slot: LayerSlot, name: str) -> None:
         self.slot, self.name = slot, name
 
-    def before(self, _: nn.Module, args: tuple) -> Any:
+    def before(self, linear: nn.Module, args: tuple) -> Any:
         """Keep replaced tokens from the linear layer: it sees the others, (rest, in)."""
         call, x = self.slot.call, args[0]
         self.slot.whole = None
         if call is None:
             return None
-        for part, _site in call.chain.linear_parts(self.slot.layer, self.name):
-            rows = part.linear_rows(call.context).to(x.device)
-            if part.replaces_linear and len(rows):
+        for part, _ in call.chain.linear_parts(self.slot.layer, self.name):
+            if part.replaces_linear:
+                rows = part.linear_rows(call.context).to(x.device)
                 flat = x.flatten(0, -2)
-                others = torch.ones(len(flat), dtype=torch.bool, device=x.device)
-                self.slot.rest = others.index_fill(0, rows, False).nonzero()[:, 0]
-                self.slot.whole = x
+                self.slot.whole, self.slot.rest = x, other_rows(rows, len(flat))
                 return (flat.index_select(0, self.slot.rest),)
         return None
 
-    def after(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def after(self, linear: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Add or put in what the connector makes of its tokens."""
-        call = self.slot.call
+        call, slot = self.slot.call, self.slot
         if call is None:
             return None
-        x = args[0] if self.slot.whole is None else self.slot.whole
-        flat = x.flatten(0, -2)
-        result = output.flatten(0, -2)
-        for part, site in call.chain.linear_parts(self.slot.layer, self.name):
+        x = args[0] if slot.whole is None else slot.whole
+        flat, result = x.flatten(0, -2), output.flatten(0, -2)
+        for part, site in call.chain.linear_parts(slot.layer, self.name):
             rows = part.linear_rows(call.context).to(x.device)
-            if len(rows) == 0 and call.context.run_all:
-                # Every rank runs, and gives a gradient to, the same parameters.
-                nothing = part.linear_apply(site, flat[:1]).sum() * 0.0
-                result = result + nothing.to(result)
-            if len(rows) == 0:
+            if len(rows) == 0 and not call.context.run_all and not part.replaces_linear:
                 continue
-            own = part.linear_apply(site, flat.index_select(0, rows)).to(result.dtype)
-            if self.slot.whole is None:
-                result = result.index_add(0, rows, own)
+            own = part.linear_apply(site, flat.index_select(0, rows))
+            if part.replaces_linear:
+                assert slot.rest is not None
+                result = join_rows(result, slot.rest, own, rows)
             else:
-                assert self.slot.rest is not None
-                both = torch.cat([self.slot.rest, rows])
-                order = torch.empty_like(both).scatter(
-                    0, both, torch.arange(len(both), device=x.device)
-                )
-                result = torch.cat([result, own]).index_select(0, order)
-        self.slot.rest = self.slot.whole = None
+                result = add_rows(result, own, rows)
+        slot.rest = slot.whole = None
         return result.unflatten(0, x.shape[:-1])
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from connectors.fusion import ROLES, HostLinear, HostShape, Role
+from connectors.fusion import ROLES, HostLinear, HostShape, LinearSite, Role
 from vlm.errors import UserError
 
 
@@ -116,6 +116,11 @@ def linear_at(layer: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def linear_of(language_model: PreTrainedModel, site: LinearSite) -> nn.Module:
+    """Return the linear layer at a site of a bare language model."""
+    return linear_at(decoder_layers(language_model)[site.layer], site.name)
+
+
 def host_shape(language_model: PreTrainedModel) -> HostShape:
     """Return the numbers of a bare language model that connectors inside it are built from.
 
@@ -140,6 +145,13 @@ def host_shape(language_model: PreTrainedModel) -> HostShape:
             bias = linear.bias is not None
             linears.append(HostLinear(path, own, linear.in_features, linear.out_features, bias))
         layers.append(tuple(linears))
+    into_o = next(x.in_dim for x in layers[0] if "o" in x.roles)  # all heads side by side
     return HostShape(
-        config.model_type, config.hidden_size, config.num_attention_heads, tuple(layers)
+        model_type=config.model_type,
+        hidden_dim=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_key_heads=config.num_key_value_heads,
+        head_dim=into_o // config.num_attention_heads,
+        norm_eps=config.rms_norm_eps,
+        layers=tuple(layers),
     )

@@ -8,6 +8,7 @@ Surprise: with `labels`, `logits` is None, because only supervised positions rea
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from vlm.base_model import VlmModel, VlmPreTrainedModel
 from vlm.configuration import VlmConfig
 from vlm.encoders import VisionEncoder
 from vlm.errors import UserError
-from vlm.hosts import host_shape
+from vlm.hosts import host_shape, linear_of
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
 from vlm.recurrent_lm import check_state_cache
 from vlm.state_cache import new_cache
@@ -113,6 +114,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         host = host_shape(parts.language_model) if acts_inside(connector_config) else None
         parts.connector = build_connector(connector_config, vision_encoder.dims, text_dim, host)
         parts.connector.to(language_model.device, language_model.dtype)
+        parts.connector.begin_from(partial(linear_of, parts.language_model))
         if parts.tiling.has_newline:
             newline = torch.randn(text_dim, device=language_model.device) / text_dim**0.5
             parts.image_newline = nn.Parameter(newline.to(language_model.dtype))

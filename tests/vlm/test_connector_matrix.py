@@ -18,13 +18,20 @@ PERCEIVER = {
     "head_dim": 4,
     "projection": "none",
 }
+HIGH_RESOLUTION = {
+    "type": "high_resolution_cross_attention",
+    "inner_dim": 8,
+    "position_side": 4,
+}
 CHAINS = {
     "mlp": {"type": "mlp"},
     "partial_lora": [{"type": "mlp"}, LORA],
     "deepstack": [{"type": "pixel_shuffle"}, {"type": "deepstack", "factor": 2}],
     "flamingo": [PERCEIVER, GATED],
     "flamingo_previous": [PERCEIVER, {**GATED, "scope": "previous", "every": 2}],
-    "lora_and_deepstack": [{"type": "mlp"}, {"type": "deepstack"}, LORA],
+    "visual_expert": [{"type": "mlp"}, {"type": "visual_expert"}],
+    "cogagent": [{"type": "mlp"}, HIGH_RESOLUTION],
+    "everything": [{"type": "mlp"}, LORA, HIGH_RESOLUTION, {"type": "deepstack"}],
 }
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -42,8 +49,8 @@ def make(make_model):
         model, processor = make_model(connector=chain, **options)
         torch.manual_seed(3)
         for parameter in model.model.connector.parameters():
-            if parameter.abs().sum() == 0:
-                torch.nn.init.normal_(parameter, std=0.5)
+            std = 0.5 if parameter.abs().sum() == 0 else 0.05
+            parameter.data += std * torch.randn_like(parameter)
         return model, processor
 
     return build
@@ -133,7 +140,7 @@ def test_training_steps_reach_every_weight_with_and_without_images(chain, make, 
     model.zero_grad()
     model(**processor.collate(encoded, "right")).loss.backward()
     # Nothing reads what the last layer makes of image tokens, but their keys and values.
-    unread = re.compile(r"parts\.\d\.layers\.1\.(self_attn_[qo]|mlp_\w+)_proj")
+    unread = re.compile(r"parts\.\d\.layers\.1\.(linears\.)?(self_attn_[qo]|mlp_\w+)_proj")
     for name, parameter in model.model.connector.named_parameters():
         assert parameter.grad.abs().sum() > 0 or unread.search(name), name
 
