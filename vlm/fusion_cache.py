@@ -96,4 +96,6 @@ def write(cache: Cache | None, layer: FusionLayer) -> None:
         return
     if read(cache) is not None:
         cache.layers.pop()
+    # transformers looks for the first layer that is, or is not, sliding: this must not be it.
+    layer.is_sliding = cache.is_sliding[0]
     cache.layers.append(layer)  # pyright: ignore[reportArgumentType] - it has the methods
