@@ -157,6 +157,16 @@ def test_outside_of_the_grid_silu_remains():
     torch.testing.assert_close(connector([far]), expected.flatten(1, 2))
 
 
+def test_a_masked_curve_is_gone():
+    connector = make([4], 6, norm="none")
+    connector.layer.mask[2, 3] = 0
+    one = torch.rand(1, 1, 1, 4)
+    two = one.clone()
+    two[..., 2] -= 0.5
+    moved = (connector([one]) - connector([two])).flatten().nonzero().flatten()
+    assert moved.tolist() == [0, 1, 2, 4, 5]
+
+
 def test_new_weights_are_pykans():
     connector = make([64], 32, noise=0.3)
     layer = connector.layer
