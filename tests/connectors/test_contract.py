@@ -15,6 +15,7 @@ from connectors import (
 )
 from connectors.errors import UserError
 from connectors.key_table import our_names
+from connectors.qformer import QFormerConfig
 from connectors.qformer_blocks import TextInput
 
 VISION_DIMS, TEXT_DIM = (6, 10), 16
@@ -52,7 +53,8 @@ CONFIGS = [config for name in PROJECTING for config in variants(name)]
 
 def ready(connector):
     """Without dropout; with a text for each view, where the connector reads one."""
-    if getattr(connector.config, "instruction", False):
+    config = connector.config
+    if isinstance(config, QFormerConfig) and config.instruction:
 
         def add_text(_, inputs):
             ids = torch.arange(5).expand(len(inputs[0][0]), -1)
