@@ -28,9 +28,6 @@ def logit_transform(text_config: PreTrainedConfig) -> Callable[[Tensor], Tensor]
         case "gemma2" | "gemma3_text" | "gemma3n_text":
             cap = text_config.final_logit_softcapping
             return None if cap is None else lambda logits: torch.tanh(logits / cap) * cap
-        case "recurrent_gemma":
-            cap = text_config.logits_soft_cap
-            return lambda logits: torch.tanh(logits / cap) * cap
         case "xlstm":
             cap = text_config.output_logit_soft_cap
             return lambda logits: torch.tanh(logits / cap) * cap

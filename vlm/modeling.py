@@ -121,9 +121,9 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         model.lm_head = head
         model.tie_weights()
         model.generation_config = language_model.generation_config
-        model._compare_logits(language_model)
         if parts.state_traits is not None:
             check_state_cache(parts.language_model, parts.state_traits)
+        model._compare_logits(language_model)
         return model
 
     @torch.no_grad()

@@ -31,6 +31,15 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_the_language_models_own(kind, make_causal_lm, make_with) -> None:
+    ids = torch.arange(3, 40).reshape(1, -1)
+    expected = make_causal_lm(kind).eval()(ids).logits
+    model, _ = make_with(kind)
+    logits = model(input_ids=ids).logits[..., : expected.shape[-1]]  # without the new tokens
+    torch.testing.assert_close(logits, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_training_step_lowers_the_loss(kind, make_with, rows) -> None:
     model, processor = make_with(kind)
     batch = processor.collate(rows(processor), "right")
