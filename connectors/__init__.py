@@ -30,6 +30,7 @@ from connectors.qwen2vl_merger import Qwen2VLMergerConnector
 from connectors.qwen_vl import QwenVLConnector
 from connectors.registry import lookup
 from connectors.sva import SVAConnector
+from connectors.sva_in_llm import SVAInLLMConnector
 from connectors.visual_expert import VisualExpertConnector
 
 __all__ = [
@@ -69,6 +70,7 @@ CONNECTORS: dict[str, type[Connector]] = {
     "qwen2vl_merger": Qwen2VLMergerConnector,
     "qwen_vl": QwenVLConnector,
     "sva": SVAConnector,
+    "sva_in_llm": SVAInLLMConnector,
     "visual_expert": VisualExpertConnector,
 }
 

@@ -118,6 +118,11 @@ class Connector(nn.Module, Generic[C]):
         """
         raise NotImplementedError
 
+    def project_and_side(self, features: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return `project` and `side` of one computation, for connectors that fill both faces."""
+        tokens = self(features)
+        return tokens, self.side(features, tokens)
+
     def replace_tokens(self, tokens: Tensor) -> Tensor:
         """Return what stands in the sequence instead of tokens (T, N, width): (T, N', E)."""
         raise NotImplementedError

@@ -172,9 +172,11 @@ class ConnectorChain(Connector[ChainConfig]):
         sides: dict[int, Sequence[Tensor]] = {}
         for number, (part, spec) in enumerate(zip(self.parts, self.config.parts, strict=True)):
             chosen = spec.choose(features)
-            if "project" in part.faces:
+            if "project" in part.faces and part.side_kind != "none":
+                tokens, sides[number] = part.project_and_side(chosen)
+            elif "project" in part.faces:
                 tokens = part(chosen)
-            if part.side_kind != "none":
+            elif part.side_kind != "none":
                 sides[number] = part.side(chosen, tokens)
             if part.takes_tokens:
                 assert tokens is not None, "checked when the config was read"

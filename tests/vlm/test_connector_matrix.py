@@ -23,6 +23,15 @@ HIGH_RESOLUTION = {
     "inner_dim": 8,
     "position_side": 4,
 }
+SVA = {
+    "type": "sva_in_llm",
+    "hidden_dim": 8,
+    "num_heads": 2,
+    "depth": 1,
+    "windows": [2],
+    "num_samplers": 1,
+    "layer_stride": 1,
+}
 CHAINS = {
     "mlp": {"type": "mlp"},
     "partial_lora": [{"type": "mlp"}, LORA],
@@ -31,6 +40,7 @@ CHAINS = {
     "flamingo_previous": [PERCEIVER, {**GATED, "scope": "previous", "every": 2}],
     "visual_expert": [{"type": "mlp"}, {"type": "visual_expert"}],
     "cogagent": [{"type": "mlp"}, HIGH_RESOLUTION],
+    "sva": SVA,
     "everything": [{"type": "mlp"}, LORA, HIGH_RESOLUTION, {"type": "deepstack"}],
 }
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
