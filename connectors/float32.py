@@ -11,7 +11,7 @@ class Float32Module(nn.Module):
 
     `.to(dtype)`, `.half()` and `.bfloat16()` move them to another device but leave their dtype; the
     module's `forward` casts what comes in. A loader that makes new tensors, such as
-    `from_pretrained(dtype=...)`, is not held back: there its own list of such modules is needed.
+    `from_pretrained(dtype=...)`, is not held back: it needs the list that `float32_modules` makes.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -24,3 +24,9 @@ class Float32Module(nn.Module):
             return moved
 
         return super()._apply(keep, recurse)
+
+
+def float32_modules(module: nn.Module, prefix: str) -> set[str]:
+    """Return the names, below `prefix`, of the modules in `module` that stay in float32."""
+    named = module.named_modules(prefix=prefix)
+    return {name for name, part in named if isinstance(part, Float32Module)}

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from connectors import ConnectorChain, acts_inside, build_connector
 from connectors.chain import Plugged
+from connectors.float32 import float32_modules
 from vlm import fusion_cache, recurrent_lm
 from vlm.configuration import VlmConfig
 from vlm.encoders import build_vision_encoder
@@ -88,6 +89,8 @@ class VlmModel(VlmPreTrainedModel):
         if self.tiling.has_newline:
             # As LLaVA-NeXT: the scale of a unit vector's entries.
             self.image_newline = nn.Parameter(torch.randn(text_dim) / text_dim**0.5)
+        # `from_pretrained` makes new tensors, so modules that stay float32 are named to it.
+        self._keep_in_fp32_modules_strict = float32_modules(self.connector, "connector")
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

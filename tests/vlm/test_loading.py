@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlm
+from connectors.float32 import float32_modules
 from vlm.errors import UserError
 from vlm.loading import assemble, check_checkpoint, load_model
 
@@ -148,3 +149,23 @@ def test_a_device_that_is_not_there(model_folder: Path) -> None:
 def test_a_language_model_that_is_not_there(make_vision_encoder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="language model"):
         assemble(make_vision_encoder(), {"type": "mlp"}, tmp_path, chat_template="chatml")
+
+
+@pytest.mark.parametrize(
+    "connector",
+    [
+        {"type": "kan"},
+        {"type": "qformer", "num_queries": 2, "hidden_dim": 8, "num_layers": 2, "num_heads": 2},
+    ],
+    ids=lambda connector: connector["type"],
+)
+def test_what_a_connector_keeps_in_float32_is_loaded_so(make_model, tmp_path, connector):
+    model, processor = make_model(connector=connector)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    half, _ = load_model(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+    kept = float32_modules(half.model.connector, "connector")
+    assert kept
+    for name, tensor in half.model.state_dict().items():
+        inside = any(name.startswith(f"{module}.") for module in kept)
+        assert tensor.dtype == (torch.float32 if inside else torch.bfloat16), name
