@@ -25,7 +25,7 @@ class ModelRecipe:
 
     Attributes:
         vision_encoder: e.g. {type: transformers, source: FOLDER_OR_HUB_ID, layer: -2}.
-        connector: e.g. {type: mlp, depth: 2}.
+        connector: e.g. {type: mlp, depth: 2}, or a list of connectors that work as one.
         language_model: hub id or folder of any AutoModelForCausalLM.
         tiling: how an image becomes views, e.g. {type: anyres}.
         checkpoint: a folder or id of ours to go on from, instead of the four above.
@@ -34,7 +34,7 @@ class ModelRecipe:
     """
 
     vision_encoder: dict[str, Any] | None = None
-    connector: dict[str, Any] | None = None
+    connector: dict[str, Any] | list[dict[str, Any]] | None = None
     language_model: str | None = None
     tiling: dict[str, Any] = field(default_factory=lambda: {"type": "resize"})
     checkpoint: str | None = None

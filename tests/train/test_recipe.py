@@ -173,3 +173,11 @@ def test_missing_deepspeed_names_the_extra(tree, write_recipe, monkeypatch):
     recipe = load_recipe(path, ["--stages.align.training.deepspeed", "zero.json"])
     with pytest.raises(UserError, match="make extras EXTRAS=train"):
         training_arguments(recipe, recipe.stages[0], Path("x"))
+
+
+def test_several_connectors_are_a_list(tree, write_recipe):
+    tree["model"]["connector"] = [{"type": "mlp"}, {"type": "partial_lora", "rank": 4}]
+    assert load_recipe(write_recipe(tree)).model.connector == tree["model"]["connector"]
+    tree["model"]["connector"][1]["type"] = "partial_laura"
+    with pytest.raises(UserError, match="did you mean 'partial_lora'"):
+        load_recipe(write_recipe(tree))
