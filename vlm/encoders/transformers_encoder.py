@@ -118,7 +118,10 @@ class TransformersEncoder(VisionEncoder[TransformersEncoderConfig]):
             setattr(self.model, self.family.norm, nn.Identity())
         for name in self.family.unused:
             path, _, attribute = name.rpartition(".")
-            setattr(self.model.get_submodule(path), attribute, None)
+            part = self.model.get_submodule(path)
+            delattr(part, attribute)
+            # No parameter and no values, but still a tensor: transformers fills it when it loads.
+            setattr(part, attribute, torch.empty(0))
         depth = model_config.num_hidden_layers
         # Entries of the cut model's `hidden_states`.
         self.entries = [depth + k - max(config.layers) for k in config.layers]
