@@ -186,6 +186,28 @@ class Connector(nn.Module, Generic[C]):
         return {}
 
 
+def merged_grid(name: str, factor: int, height: int, width: int) -> tuple[int, int]:
+    """Return (H / R, W / R), the grid where R x R features become one token.
+
+    Args:
+        name: of the connector, for the error.
+        factor: R.
+        height, width: H and W.
+
+    Raises:
+        UserError: R does not divide the feature grid.
+    """
+    rows, row_rest = divmod(height, factor)
+    columns, column_rest = divmod(width, factor)
+    if row_rest or column_rest:
+        raise UserError(
+            f"connector {name!r}: factor {factor} does not divide the vision encoder's feature "
+            f"grid {height} x {width}; choose another factor, or an image_size whose grid is a "
+            f"multiple of {factor}"
+        )
+    return rows, columns
+
+
 def join_channels(features: Sequence[Tensor], vision_dims: Sequence[int]) -> Tensor:
     """Return several feature maps of one grid as one map (T, H, W, sum of D_i).
 

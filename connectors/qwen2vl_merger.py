@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from connectors.base import Connector, ConnectorConfig, join_channels
+from connectors.base import Connector, ConnectorConfig, join_channels, merged_grid
 from connectors.errors import UserError
 from connectors.pixel_shuffle import pixel_shuffle
 
@@ -43,14 +43,7 @@ class Qwen2VLMergerConfig(ConnectorConfig):
         Raises:
             UserError: R does not divide the feature grid.
         """
-        rows, row_rest = divmod(height, self.factor)
-        columns, column_rest = divmod(width, self.factor)
-        if row_rest or column_rest:
-            raise UserError(
-                f"connector 'qwen2vl_merger': factor {self.factor} does not divide the vision "
-                f"encoder's feature grid {height} x {width}; choose another factor, or an "
-                f"image_size whose grid is a multiple of {self.factor}"
-            )
+        rows, columns = merged_grid("qwen2vl_merger", self.factor, height, width)
         return rows, columns
 
 

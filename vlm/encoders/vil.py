@@ -24,6 +24,7 @@ from connectors.registry import lookup
 from vlm.encoders import vil_keys
 from vlm.encoders.base import EncoderConfig, VisionEncoder, fill, load_strict
 from vlm.encoders.initial_weights import keep
+from vlm.encoders.patch_check import check_patches
 from vlm.encoders.vil_blocks import HEADS, ViL, ViLArchitecture
 from vlm.encoders.vim_blocks import patch_grid
 from vlm.encoders.vision_checkpoint import find_checkpoint, read_checkpoint, save_weights
@@ -77,7 +78,7 @@ class ViLEncoder(VisionEncoder[ViLEncoderConfig]):
         """Return the config with the architecture's numbers, size, mean and std."""
         config = fill(config, TRAINED_WITH)
         architecture = read_architecture(config)
-        check(config, architecture)
+        check_patches("vil", config, architecture)
         return replace(config, architecture=asdict(architecture))
 
     @classmethod
@@ -145,24 +146,3 @@ def with_stored(config: ViLEncoderConfig, stored: ViLArchitecture) -> ViLEncoder
     given = {} if config.architecture is None else named(config.architecture)
     # A name says nothing of grid and norms; a mapping may leave out what is not its default.
     return replace(config, architecture={**told, **given})
-
-
-def check(config: ViLEncoderConfig, a: ViLArchitecture) -> None:
-    """Refuse layers that do not exist, and sizes whose last pixels no patch would see.
-
-    Raises:
-        UserError: in these cases, and for a picture smaller than a patch.
-    """
-    if min(config.layers) < -a.depth:
-        raise UserError(
-            f"vision encoder: layer {min(config.layers)} of {config.source or 'the architecture'} "
-            f"does not exist; it has {a.depth} layers, -{a.depth} to -1"
-        )
-    size = config.image_size
-    assert size is not None and a.stride is not None
-    if size < a.patch_size or (size - a.patch_size) % a.stride:
-        fits = a.patch_size + max(0, (size - a.patch_size) // a.stride) * a.stride
-        raise UserError(
-            f"vision encoder 'vil': patches of {a.patch_size} pixels every {a.stride} do not fill "
-            f"image_size {size}; {fits} and {fits + a.stride} would do"
-        )

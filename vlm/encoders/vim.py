@@ -22,6 +22,7 @@ from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from vlm.encoders.base import EncoderConfig, VisionEncoder, fill, load_strict
 from vlm.encoders.initial_weights import keep
+from vlm.encoders.patch_check import check_patches
 from vlm.encoders.position_resize import Rule
 from vlm.encoders.vim_blocks import TOKEN_NAMES, Vim, VimArchitecture, patch_grid
 from vlm.encoders.vision_checkpoint import find_checkpoint, read_checkpoint, save_weights
@@ -80,7 +81,7 @@ class VimEncoder(VisionEncoder[VimEncoderConfig]):
         """Return the config with the architecture's numbers, size, mean and std."""
         config = fill(config, TRAINED_WITH)
         architecture = read_architecture(config)
-        check(config, architecture)
+        check_patches("vim", config, architecture)
         return replace(config, architecture=asdict(architecture))
 
     @classmethod
@@ -136,27 +137,6 @@ def read_architecture(config: VimEncoderConfig) -> VimArchitecture:
     if rank is None and a.mixer == "mamba":
         rank = math.ceil(a.embed_dim / 16)
     return replace(a, stride=stride, position_grid=grid, step_rank=rank)
-
-
-def check(config: VimEncoderConfig, a: VimArchitecture) -> None:
-    """Refuse layers that do not exist, and sizes whose last pixels no patch would see.
-
-    Raises:
-        UserError: in these cases, and for a picture smaller than a patch.
-    """
-    if min(config.layers) < -a.depth:
-        raise UserError(
-            f"vision encoder: layer {min(config.layers)} of {config.source or 'the architecture'} "
-            f"does not exist; it has {a.depth} layers, -{a.depth} to -1"
-        )
-    size = config.image_size
-    assert size is not None and a.stride is not None
-    if size < a.patch_size or (size - a.patch_size) % a.stride:
-        fits = a.patch_size + max(0, (size - a.patch_size) // a.stride) * a.stride
-        raise UserError(
-            f"vision encoder 'vim': patches of {a.patch_size} pixels every {a.stride} do not fill "
-            f"image_size {size}; {fits} and {fits + a.stride} would do"
-        )
 
 
 def with_stored_grid(config: VimEncoderConfig, state: dict[str, Tensor]) -> VimEncoderConfig:
