@@ -17,7 +17,7 @@ from data_recipes.index import RecordIndex
 from data_recipes.mixture import Mixture, Source
 from data_recipes.records import Record, to_messages
 from vlm.errors import UserError
-from vlm.images import load_image
+from vlm.images import image_size, load_image
 
 IGNORED = -100  # the label of a token that is not supervised
 OnError = Literal["raise", "skip"]
@@ -83,6 +83,20 @@ class ConversationDataset(Dataset):
         """Return record `row` of source `number`, validated."""
         index, source = self.indexes[number], self.mixture.sources[number]
         return to_messages(index[row], index.place(row), source.image_position)
+
+    def num_tokens(self, position: int) -> int:
+        """Return the length of the row at `position`, from the text and the images' headers.
+
+        A record that cannot be used has 0; the fault is told when the record is asked for.
+        """
+        number, row = self.mixture.locate(position)
+        root = image_root(self.mixture.sources[number])
+        try:
+            record = self.record(number, row)
+            sizes = [image_size(root / path) for path in record.images]
+            return self.processor.num_tokens(record.messages, sizes)
+        except UserError:
+            return 0
 
     def encode(self, number: int, row: int) -> dict[str, Any]:
         """Return record `row` of source `number` as model inputs with labels."""

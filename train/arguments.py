@@ -36,8 +36,8 @@ ELSEWHERE: dict[str, str] = {
     "seed": "it is the recipe's seed",
     "data_seed": "it is the recipe's seed",
     "resume_from_checkpoint": "a stage that was cut short goes on by itself",
-    "group_by_length": "the mixture decides the order",
-    "train_sampling_strategy": "the mixture decides the order",
+    "group_by_length": "it is the stage's length_window",
+    "train_sampling_strategy": "it is the stage's length_window",
     **dict.fromkeys(FIXED, "the trainer sets it"),
 }
 

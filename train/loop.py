@@ -49,6 +49,7 @@ def make_trainer(
         groups=groups,
         on_skip=SkipNotes(folder, arguments.process_index),
         dataset=dataset,
+        length_window=stage.length_window,
         data_collator=Collator(dataset.processor),
         processing_class=dataset.processor,
         callbacks=callbacks,

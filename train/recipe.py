@@ -67,6 +67,8 @@ class StageRecipe:
         data: see `DataRecipe`.
         chat_template: another template for this stage alone, such as llava_plain.
         max_length: longest row in tokens, images included; longer ones are faults, never cut.
+        length_window: optimizer steps within which rows of like length are padded together. In a
+            window of 1 every step sees the records it would see without; 0 sorts nothing.
         training: fields of transformers.TrainingArguments.
     """
 
@@ -75,6 +77,7 @@ class StageRecipe:
     data: DataRecipe
     chat_template: str | None = None
     max_length: int | None = None
+    length_window: int = 0
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -199,6 +202,8 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
     stage = config_from_mapping(StageRecipe, values, where)
     if not stage.name or Path(stage.name).name != stage.name or stage.name.startswith("."):
         raise UserError(f"{where}: name {stage.name!r} cannot be a folder's name")
+    if stage.length_window < 0:
+        raise UserError(f"{where}: length_window must be 0 or more, not {stage.length_window}")
     if stage.chat_template is not None:
         from vlm.chat_templates import load as load_chat_template
 

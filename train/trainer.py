@@ -6,7 +6,6 @@ forward accepts it.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,33 +13,15 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from data_recipes.dataset import ConversationDataset, Skipped
 from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
 from train.freeze import Group, optimizer_groups
+from train.order import PositionSampler
 from vlm.errors import UserError
-
-
-class EpochSampler(Sampler[int]):
-    """Yields positions of the mixture; the mixture, not the sampler, decides what stands there."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go on with `epoch`; the Trainer says so when it starts or resumes one."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.size
-        return iter(range(start, start + self.size))
 
 
 @dataclass
@@ -103,17 +84,28 @@ class VlmTrainer(SealingTrainer):
         dataset: what to train on; it decides the order.
         groups: from `train.freeze.freeze`.
         on_skip: called with every record that was left out of a batch of this rank.
+        length_window: optimizer steps within which rows of like length come together; 0: none.
     """
 
     def __init__(
-        self, *, dataset: ConversationDataset, groups: list[Group], on_skip: Any, **kwargs: Any
+        self,
+        *,
+        dataset: ConversationDataset,
+        groups: list[Group],
+        on_skip: Any,
+        length_window: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=dataset, **kwargs)
         self.dataset = dataset
         self.groups = groups
         self.on_skip = on_skip
         self.window = Window()
-        self.sampler = EpochSampler(len(dataset))
+        micro_batch = self.args.train_batch_size * self.args.world_size
+        window = length_window * micro_batch * self.args.gradient_accumulation_steps
+        self.sampler = PositionSampler(
+            len(dataset), dataset.num_tokens, window, micro_batch, self.args.seed
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over the freeze plan's groups."""
@@ -135,7 +127,7 @@ class VlmTrainer(SealingTrainer):
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> PositionSampler:
         return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

@@ -3,11 +3,13 @@
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vlm.errors import UserError
 
@@ -32,6 +34,20 @@ _DECODE_ERRORS = (
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
+def image_size(source: str | Path) -> tuple[int, int]:
+    """Return (width, height) of what `load_image` gives for a file, from the header alone.
+
+    Raises:
+        UserError: the file is missing, empty, not an image, or too large.
+    """
+    with _told(str(source), MAX_PIXELS):
+        image = _open(source)
+        _check_size(image, MAX_PIXELS, str(source))
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 90 degrees, mirrored too
+        return (height, width) if turned else (width, height)
+
+
 def load_image(
     source: str | Path | bytes | Image.Image,
     max_pixels: int = MAX_PIXELS,
@@ -54,16 +70,27 @@ def load_image(
         UserError: the file is missing, empty, truncated, not an image, or too large.
     """
     label = name or (str(source) if isinstance(source, (str, Path)) else _label(source))
+    with _told(label, max_pixels):
+        image = source if isinstance(source, Image.Image) else _open(source)
+        _check_size(image, max_pixels, label)
+        if target_size is not None and not isinstance(source, Image.Image):
+            image.draft(None, (2 * target_size, 2 * target_size))
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _told(label: str, max_pixels: int) -> Iterator[None]:
+    """Turn what PIL raises on a file into one sentence.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, not an image, or too large.
+    """
     try:
         with warnings.catch_warnings():
-            # Our own limit, checked below, replaces PIL's warning.
+            # Our own limit, checked by `_check_size`, replaces PIL's warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else _open(source)
-            _check_size(image, max_pixels, label)
-            if target_size is not None and not isinstance(source, Image.Image):
-                image.draft(None, (2 * target_size, 2 * target_size))
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield
     except UserError:
         raise
     except FileNotFoundError as error:

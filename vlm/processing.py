@@ -16,6 +16,7 @@ from vlm.chat_templates import CHAT_TEMPLATES, load
 from vlm.conversations import Message, check_messages, render
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
+from vlm.tiling import Size
 
 IGNORE = -100  # the label of positions that are not learnt, as torch's cross-entropy has it
 IMAGE_TOKEN = "<image>"
@@ -107,7 +108,41 @@ class VlmProcessor(ProcessorMixin):
         Raises:
             UserError: the conversation cannot be encoded; the message says why, with numbers.
         """
-        checked = check_messages(messages, len(images), self.image_token)
+        ids, labels = self._layout(
+            messages, [im.size for im in images], supervise, add_generation_prompt, max_length
+        )
+        encoded = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.ones(len(ids), dtype=torch.long),
+        }
+        if labels is not None:
+            encoded["labels"] = torch.from_numpy(labels)
+        if len(images):
+            encoded.update(self.image_processor(images))
+        return encoded
+
+    def num_tokens(self, messages: Sequence[Message], sizes: Sequence[Size]) -> int:
+        """Return how many tokens `encode` gives for a conversation with labels, without pixels.
+
+        Args:
+            messages: see `vlm.conversations`.
+            sizes: (width, height) of each image.
+
+        Raises:
+            UserError: the conversation cannot be encoded.
+        """
+        return len(self._layout(messages, sizes, supervise=True)[0])
+
+    def _layout(
+        self,
+        messages: Sequence[Message],
+        sizes: Sequence[Size],
+        supervise: bool = False,
+        add_generation_prompt: bool = False,
+        max_length: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return ids (L,) with image tokens repeated, and labels (L,) if supervised."""
+        checked = check_messages(messages, len(sizes), self.image_token)
         template = self.chat_template or ""
         assert isinstance(template, str), "one template, not several by name"
         rendered = render(
@@ -127,32 +162,25 @@ class VlmProcessor(ProcessorMixin):
         )
         ids = np.asarray(tokens["input_ids"], dtype=np.int64)
         is_image = ids == self.image_token_id
-        if is_image.sum() != len(images):
+        if is_image.sum() != len(sizes):
             raise UserError(
-                f"the chat template made {is_image.sum()} image tokens of {len(images)} images; "
+                f"the chat template made {is_image.sum()} image tokens of {len(sizes)} images; "
                 "it drops or repeats placeholders"
             )
-        counts = [self.image_processor.num_tokens(im.size, len(images)) for im in images]
+        counts = [self.image_processor.num_tokens(size, len(sizes)) for size in sizes]
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_image] = counts
         length = int(repeats.sum())
         if max_length is not None and length > max_length:
             raise UserError(
-                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(images)} "
+                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(sizes)} "
                 f"images), more than max_length {max_length}; raise it, or choose a tiling or "
                 "connector with fewer tokens"
             )
-        encoded = {
-            "input_ids": torch.from_numpy(np.repeat(ids, repeats)),
-            "attention_mask": torch.ones(length, dtype=torch.long),
-        }
-        if supervise:
-            learnt = _tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image
-            labels = np.where(learnt, ids, IGNORE)
-            encoded["labels"] = torch.from_numpy(np.repeat(labels, repeats))
-        if len(images):
-            encoded.update(self.image_processor(images))
-        return encoded
+        if not supervise:
+            return np.repeat(ids, repeats), None
+        learnt = _tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image
+        return np.repeat(ids, repeats), np.repeat(np.where(learnt, ids, IGNORE), repeats)
 
     def collate(
         self, encoded: Sequence[Mapping[str, Tensor]], padding_side: Literal["left", "right"]
