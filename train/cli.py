@@ -3,6 +3,7 @@
 vlm train train/recipes/quickstart.yaml
 vlm train RECIPE --stage align
 vlm train RECIPE --output_dir runs/b --stages.align.trainable.connector 2e-3
+vlm train RECIPE --check       check recipe and data, print the recipe in full, train nothing
 """
 
 import argparse
@@ -12,17 +13,27 @@ TAKES_OVERRIDES = True  # words such as `--a.b value` arrive in `args.overrides`
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare RECIPE and --stage; every other option is an override of a field of the recipe."""
-    parser.usage = "%(prog)s RECIPE [--stage NAME] [--dotted.field value ...]"
+    parser.usage = "%(prog)s RECIPE [--stage NAME] [--check] [--dotted.field value ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, see train/recipes/")
     parser.add_argument("--stage", metavar="NAME", help="run this stage alone")
+    parser.add_argument(
+        "--check", action="store_true", help="check, print the recipe in full, and train nothing"
+    )
     # The deepspeed launcher adds it; torch takes the rank from the environment.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load the recipe and run it."""
+    """Load the recipe and run it, or only check it."""
     from train.recipe import load_recipe
+    from train.run import check
     from train.run import run as run_recipe
+    from vlm.yaml_values import to_text
 
-    run_recipe(load_recipe(args.recipe, args.overrides), only=args.stage)
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.check:
+        check(recipe, only=args.stage)
+        print(to_text(recipe.to_dict()), end="")
+        return 0
+    run_recipe(recipe, only=args.stage)
     return 0

@@ -18,9 +18,9 @@ from typing import Any
 from train.manifest import read_manifest
 from train.process import is_main_process
 from train.recipe import Recipe, StageRecipe
-from train.yaml_values import read_file, to_text
 from vlm.done import flush, write_flushed
 from vlm.errors import UserError
+from vlm.yaml_values import read_file, to_text
 
 # Settings that may change between the parts of one stage: they do not reach the weights.
 FREE_SETTINGS = (

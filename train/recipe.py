@@ -14,9 +14,9 @@ from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from data_recipes.mixture import Source, load_mix, parse_sources
 from train.freeze import PARTS
-from train.overrides import apply_overrides, parse_overrides
-from train.yaml_values import read_file
 from vlm.errors import UserError
+from vlm.overrides import apply_overrides, parse_overrides
+from vlm.yaml_values import read_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,10 +29,7 @@ def run(recipe: Recipe, only: str | None = None) -> Path:
         UserError: the recipe, the data or the output folder is wrong.
         KeyboardInterrupt: the user stopped the run; what is done is saved.
     """
-    chosen = recipe.stages if only is None else [recipe.stage(only)]
-    for stage in chosen:
-        check_arguments(recipe, stage)
-        check_data(stage, recipe.seed)
+    chosen = check(recipe, only)
     prepare_output(recipe)
     set_up_torch(recipe)
     folders = [Path(recipe.output_dir) / stage.name for stage in recipe.stages]
@@ -40,6 +37,19 @@ def run(recipe: Recipe, only: str | None = None) -> Path:
         if stage in chosen:
             run_stage(recipe, stage, folder, previous)
     return Path(recipe.output_dir) / chosen[-1].name
+
+
+def check(recipe: Recipe, only: str | None = None) -> list[StageRecipe]:
+    """Check what can be checked before anything is loaded; return the stages to run.
+
+    Raises:
+        UserError: an argument of a stage, or a file of its data, is wrong.
+    """
+    chosen = recipe.stages if only is None else [recipe.stage(only)]
+    for stage in chosen:
+        check_arguments(recipe, stage)
+        check_data(stage, recipe.seed)
+    return chosen
 
 
 def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path | None) -> None:

@@ -8,14 +8,8 @@ What is done is found and kept; a killed run goes on where it stopped.
 """
 
 import argparse
-import fcntl
 import json
 import shlex
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +18,6 @@ RECIPE = Path("train/recipes/quickstart.yaml")
 STEPS_FILE = "steps.json"
 REPORT_FILE = "report.json"
 TASKS = ("Relation", "Count", "Depth", "Distance")
-INTERRUPTED = 130  # exit code of a command that Ctrl-C stopped
-SAMPLE_SECONDS = 0.25  # between two looks at the memory of the running commands
 
 # What --rehearse changes: sizes only, no step is left out.
 REHEARSAL = {
@@ -59,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: the folder cannot be used, or a command failed.
         KeyboardInterrupt: the user stopped it; what is done is kept.
     """
-    from vlm.done import make_folder, read_done, write_note  # heavy, like all of `run`
+    from vlm.child_commands import only_one  # heavy, like all of `run`
+    from vlm.done import make_folder, read_done, write_note
 
     out: Path = args.out
     make_folder(out)
@@ -67,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     note = out / STEPS_FILE
     done = read_done(note, settings, "a quickstart") or {"settings": settings, "steps": {}}
     steps = plan(out, args.seed, args.rehearse)
-    with _only_one(out) as lock:
+    with only_one(out, "a quickstart") as lock:
         for number, step in enumerate(steps, start=1):
             entry = done["steps"].setdefault(step.title, {"done": False, "starts": 0})
             if entry["done"]:
@@ -78,36 +71,13 @@ def run(args: argparse.Namespace) -> int:
                 print(f"    vlm {shlex.join(words)}", flush=True)
             entry["starts"] += 1
             write_note(note, done)
-            seconds, memory_mb = _run_side_by_side(step.commands, lock)
+            seconds, memory_mb = _run_step(step, lock)
             entry |= {"done": True, "seconds": round(seconds, 1), "peak_memory_mb": memory_mb}
             write_note(note, done)
     report = make_report(out, done["steps"])
     write_note(out / REPORT_FILE, report)
     print(summary(out, report))
     return 0
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[int]:
-    """Hold the folder's lock, which the commands inherit, and yield its descriptor.
-
-    A quickstart that is killed may leave commands at work; they hold the lock until they end, so a
-    second one never writes beside them.
-
-    Raises:
-        UserError: the lock is taken.
-    """
-    from vlm.errors import UserError
-
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"a quickstart, or a command it started, is still at work in {out}; "
-                "wait for it, stop it, or choose another --out"
-            ) from error
-        yield file.fileno()
 
 
 def plan(out: Path, seed: int, rehearse: bool) -> list[Step]:
@@ -155,56 +125,23 @@ def plan(out: Path, seed: int, rehearse: bool) -> list[Step]:
     ]
 
 
-def _run_side_by_side(commands: Sequence[Sequence[str]], lock: int) -> tuple[float, int]:
-    """Run the commands at once; return wall seconds and the peak of their memory together, in MB.
+def _run_step(step: Step, lock: int) -> tuple[float, int]:
+    """Run a step's commands; return wall seconds and the peak of their memory together, in MB.
 
     Raises:
         UserError: a command failed; its own sentence stands above.
         KeyboardInterrupt: the user stopped it; the commands have saved what they had.
     """
+    from vlm.child_commands import run_side_by_side
     from vlm.errors import UserError
 
-    started, peak = time.perf_counter(), 0
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "vlm", *words], stdin=subprocess.DEVNULL, pass_fds=[lock]
-        )
-        for words in commands
-    ]
-    try:
-        while any(child.poll() is None for child in children):
-            if any(child.poll() for child in children):
-                break
-            peak = max(peak, sum(_tree_memory(child.pid) for child in children))
-            time.sleep(SAMPLE_SECONDS)
-        failed = [i for i, child in enumerate(children) if child.poll()]
-    finally:
-        # After Ctrl-C they got the signal too. Terminated ones finish their step and save.
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-        for child in children:
-            child.wait()
-    for i in failed:  # not those that were only stopped because of them
-        if children[i].returncode == INTERRUPTED:
-            raise KeyboardInterrupt
+    ended = run_side_by_side(step.commands, lock)
+    for number, code in ended.failed:
         raise UserError(
-            f"`vlm {' '.join(commands[i][:2])} ...` ended with exit code "
-            f"{children[i].returncode}; what was done is kept, and the same command goes on"
+            f"`vlm {' '.join(step.commands[number][:2])} ...` ended with exit code {code}; what "
+            "was done is kept, and the same command goes on"
         )
-    return time.perf_counter() - started, round(peak / 1e6)
-
-
-def _tree_memory(pid: int) -> int:
-    """Return the resident memory of a process and its children in bytes, 0 if it is gone."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
-        return sum(member.memory_info().rss for member in family)
-    except psutil.NoSuchProcess:
-        return 0
+    return ended.seconds, ended.peak_memory_mb
 
 
 def make_report(out: Path, steps: dict[str, dict[str, Any]]) -> dict[str, Any]:

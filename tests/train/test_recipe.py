@@ -7,9 +7,9 @@ import yaml
 
 from train.arguments import check_fields, training_arguments
 from train.recipe import load_recipe, parse_recipe
-from train.yaml_values import parse_value, to_text
 from vlm.cli import main
 from vlm.errors import UserError
+from vlm.yaml_values import parse_value, to_text
 
 ROOT = Path(__file__).parents[2]  # shipped recipes name files from here
 SHIPPED = sorted(
@@ -181,3 +181,15 @@ def test_several_connectors_are_a_list(tree, write_recipe):
     tree["model"]["connector"][1]["type"] = "partial_laura"
     with pytest.raises(UserError, match="did you mean 'partial_lora'"):
         load_recipe(write_recipe(tree))
+
+
+def test_check_prints_the_whole_recipe_and_trains_nothing(tree, write_recipe, capsys):
+    path = write_recipe(tree)
+    assert main(["train", str(path), "--check", "--stages.align.training.max_steps=3"]) == 0
+    printed = parse_value(capsys.readouterr().out, "printed")
+    assert parse_recipe(printed, "printed").to_dict() == printed
+    assert printed["stages"][0]["training"]["max_steps"] == 3
+    assert printed["model"]["tiling"] == {"type": "resize"}  # a default, written out
+    assert not Path(tree["output_dir"]).exists()
+    gone = "--stages.align.data.sources.main.path=gone.json"
+    assert main(["train", str(path), "--check", gone]) == 2

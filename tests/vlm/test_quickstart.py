@@ -11,6 +11,7 @@ import time
 import pytest
 
 from vlm import quickstart
+from vlm.child_commands import only_one
 from vlm.cli import COMMANDS
 from vlm.errors import UserError
 
@@ -23,9 +24,9 @@ def fake(monkeypatch, tmp_path):
     """Replace the commands by a record of them; scoring writes results as `vlm eval` does."""
     ran = []
 
-    def run(commands, lock):
-        ran.append([words[0] for words in commands])
-        for words in commands:
+    def run(step, lock):
+        ran.append([words[0] for words in step.commands])
+        for words in step.commands:
             if words[0] == "eval":
                 out = tmp_path / words[words.index("--out") + 1]
                 out.mkdir(parents=True, exist_ok=True)
@@ -33,7 +34,7 @@ def fake(monkeypatch, tmp_path):
                 (out / "results.json").write_text(json.dumps({"tasks": tasks}))
         return 2.0, 100
 
-    monkeypatch.setattr(quickstart, "_run_side_by_side", run)
+    monkeypatch.setattr(quickstart, "_run_step", run)
     return ran
 
 
@@ -89,7 +90,7 @@ def test_the_command_that_failed_is_named_not_the_one_stopped_for_it(tmp_path, m
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path, fake):
     with (
-        quickstart._only_one(tmp_path),
+        only_one(tmp_path, "a quickstart"),
         pytest.raises(UserError, match="still at work"),
     ):
         quickstart.run(arguments(tmp_path))

@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from connectors.config import config_from_mapping
-from train.overrides import apply_overrides, parse_overrides
-from train.yaml_values import read_file
 from vlm.done import make_folder, read_done, write_note
 from vlm.errors import UserError
+from vlm.overrides import apply_overrides, parse_overrides
+from vlm.yaml_values import read_file
 
 REPORT = "report.json"
 HELD_OUT = 1_000_000_000  # batches from here on are for measuring

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from train.yaml_values import parse_value
 from vlm.errors import UserError
+from vlm.yaml_values import parse_value
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
