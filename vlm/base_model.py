@@ -121,12 +121,17 @@ class VlmModel(VlmPreTrainedModel):
         """Encode and project views (T, 3, S, S) to tokens (T, N, E)."""
         return self._plug(pixel_values).tokens
 
-    def _plug(self, pixel_values: Tensor) -> Plugged:
+    def _plug(
+        self, pixel_values: Tensor | None, vision_features: Sequence[Tensor] | None = None
+    ) -> Plugged:
         """Encode views (T, 3, S, S); return tokens, and what the language model's layers read."""
-        frozen = not (_trains(self.vision_tower) or pixel_values.requires_grad)
-        with torch.no_grad() if frozen else nullcontext():
-            features = self.vision_tower(pixel_values.to(_dtype(self.vision_tower)))
-        made = self.connector([feature.to(_dtype(self.connector)) for feature in features])
+        if vision_features is None:
+            assert pixel_values is not None, "views or their features"
+            frozen = not (_trains(self.vision_tower) or pixel_values.requires_grad)
+            with torch.no_grad() if frozen else nullcontext():
+                vision_features = self.vision_tower(pixel_values.to(_dtype(self.vision_tower)))
+        assert vision_features is not None
+        made = self.connector([feature.to(_dtype(self.connector)) for feature in vision_features])
         return made if isinstance(made, Plugged) else Plugged(made, {})
 
     def get_image_features(
@@ -194,6 +199,7 @@ class VlmModel(VlmPreTrainedModel):
         pixel_values: Tensor | None = None,
         tile_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        vision_features: Sequence[Tensor] | None = None,
         record_ids: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -208,14 +214,17 @@ class VlmModel(VlmPreTrainedModel):
         assert inputs_embeds is not None
         is_image = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool).to(inputs_embeds.device)
         features, images = None, None
-        if pixel_values is not None:
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("give either pixel_values or vision_features, not both")
+        seen = pixel_values if vision_features is None else vision_features[0]
+        if seen is not None and len(seen):
             if input_ids is None:
-                raise ValueError("pixel_values need input_ids: image tokens are found by their id")
-            tile_grids, image_sizes = self.with_default_grids(pixel_values, tile_grids, image_sizes)
+                raise ValueError("images need input_ids: image tokens are found by their id")
+            tile_grids, image_sizes = self.with_default_grids(seen, tile_grids, image_sizes)
             is_image = input_ids == self.config.image_token_id  # (B, L)
             counts = self.count_image_tokens(tile_grids, image_sizes)
             per_row = images_per_row(is_image.sum(-1).tolist(), counts, record_ids)
-            tokens, sides = self._plug(pixel_values)
+            tokens, sides = self._plug(pixel_values, vision_features)
             newline = self.image_newline if self.tiling.has_newline else None
             features = torch.cat(self._lay_out(tokens, tile_grids, image_sizes, newline))
             features = features.to(inputs_embeds)
@@ -224,7 +233,7 @@ class VlmModel(VlmPreTrainedModel):
             places = partial(self._places, tokens, tile_grids, image_sizes)
             images = Images(counts, views, per_row, places, sides)
         elif self.training and (_trains_vision(self) or is_deepspeed_zero3_enabled()):
-            inputs_embeds = inputs_embeds + self._blank_view_term().to(inputs_embeds)
+            inputs_embeds = inputs_embeds + self._blank_view_term(vision_features).to(inputs_embeds)
 
         chain, carried, context = self.connector.itself(), None, None
         if isinstance(chain, ConnectorChain) and chain.acts_inside:
@@ -268,9 +277,9 @@ class VlmModel(VlmPreTrainedModel):
         return self.language_model(**inputs)
 
     def with_default_grids(
-        self, pixel_values: Tensor, tile_grids: Tensor | None, image_sizes: Tensor | None
+        self, views: Tensor, tile_grids: Tensor | None, image_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return grids and sizes; both may be left out where every image is one view."""
+        """Return grids and sizes; both may be left out where every image is one view (T, ...)."""
         if tile_grids is not None and image_sizes is not None:
             return tile_grids, image_sizes
         if self.config.tiling["type"] not in ("resize", "pad"):
@@ -278,18 +287,21 @@ class VlmModel(VlmPreTrainedModel):
                 f"tiling {self.config.tiling['type']!r} needs tile_grids and image_sizes beside "
                 "pixel_values"
             )
-        ones = torch.ones(len(pixel_values), 2, dtype=torch.long, device=pixel_values.device)
+        ones = torch.ones(len(views), 2, dtype=torch.long, device=views.device)
         return ones, ones * self.vision_tower.image_size
 
-    def _blank_view_term(self) -> Tensor:
+    def _blank_view_term(self, vision_features: Sequence[Tensor] | None) -> Tensor:
         """Return 0 that depends on every parameter of the vision side.
 
         Distributed training expects gradients of the same parameters from every rank; a rank whose
-        batch has no image would otherwise leave the others waiting.
+        batch has no image would otherwise leave the others waiting. Where features (0, H, W, D)
+        came in place of views, no rank runs the tower.
         """
+        if vision_features is not None:
+            vision_features = [maps.new_zeros(1, *maps.shape[1:]) for maps in vision_features]
         size = self.vision_tower.image_size
         blank = torch.zeros(1, 3, size, size, device=self.device)
-        tokens, sides = self._plug(blank)
+        tokens, sides = self._plug(blank, vision_features)
         term = tokens.sum() + sum(x.sum() for side in sides.values() for x in side)
         if self.tiling.has_newline:
             term = term + self.image_newline.sum()

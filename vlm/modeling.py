@@ -179,6 +179,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         tile_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        vision_features: Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -196,6 +197,8 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             pixel_values: (T, 3, S, S) views of the batch's images, one image after the other.
             tile_grids: (n, 2) rows and columns of tiles per image.
             image_sizes: (n, 2) height and width in pixels per image.
+            vision_features: instead of pixel_values, what the frozen vision tower made of the
+                views: a map (T, H, W, D) each; T may be 0. Not for `generate`.
             labels: (B, L) ids to predict, -100 elsewhere; unshifted.
             logits_to_keep: how many last positions get logits (0: all), or their indices.
             num_items_in_batch: divides the summed loss; None: the mean of this batch.
@@ -216,6 +219,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             tile_grids=tile_grids,
             image_sizes=image_sizes,
+            vision_features=vision_features,
             record_ids=record_ids,
             **kwargs,
         )

@@ -108,7 +108,7 @@ def test_inputs_embeds_equal_input_ids(make_model, rows) -> None:
     ours = model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), **options)
     theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     assert torch.equal(ours[0], theirs[0, ids.shape[1] :])
-    with pytest.raises(ValueError, match="pixel_values need input_ids"):
+    with pytest.raises(ValueError, match="images need input_ids"):
         model(inputs_embeds=embeds, pixel_values=torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="either"):
         model()
