@@ -1,116 +1,49 @@
 """What is a Q-Former trained on before it meets a language model? Three losses on picture and text.
 
 Shapes: B pairs of this process, A pairs of all processes, K features of a view, D encoder width, Q
-queries, L text tokens, P width of the shared space, V words.
+queries, L text tokens, C the Q-Former's width, P width of the shared space, V words.
 
 BLIP-2's first stage: contrast (ITC), matching with hard negatives (ITM) and captioning (LM), with
-equal weights. The losses are functions of tensors; `QFormerStage1` makes those tensors. Gathering
-over processes, the optimiser and the data are the training stage's.
+equal weights. The losses are in `connectors.qformer_losses`; the optimiser, the data and how
+processes exchange what they hold are the training stage's.
 
 Surprises:
 - LAVIS makes four passes: queries with picture, text alone, matching, and a caption that reads the
   first pass's keys and values from a cache. Here the first and the last are one: queries do not see
   a causal text, so that their rows are the same.
-- Every loss but matching has label smoothing 0.1.
 - The caption starts with `[DEC]` where the text has `[CLS]`.
 
-Follows `lavis/models/blip2_models/blip2_qformer.py` of salesforce/LAVIS, without the soft targets
-it has for pairs that share a picture.
+Follows `lavis/models/blip2_models/blip2_qformer.py` of salesforce/LAVIS.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from connectors.errors import UserError
 from connectors.float32 import Float32Module
 from connectors.key_table import KeyTable, Layout, Unsqueezed
 from connectors.qformer_blocks import QFormer, QFormerSize, TextInput
-from connectors.qformer_keys import qformer_keys
-
-LABEL_SMOOTHING = 0.1
-
-
-class Similarities(NamedTuple):
-    """Similarity of each pair of this process to each of all, divided by the temperature."""
-
-    image_to_text: Tensor  # (B, A)
-    text_to_image: Tensor  # (B, A)
-
-
-def similarities(
-    image: Tensor, text: Tensor, temperature: Tensor, all_image: Tensor, all_text: Tensor
-) -> Similarities:
-    """Compare pictures and texts; of a picture's queries the nearest counts.
-
-    Args:
-        image: (B, Q, P), of length 1 along P.
-        text: (B, P), of length 1.
-        temperature: what similarities are divided by.
-        all_image: (A, Q, P), those of all processes; in one process `image` itself.
-        all_text: (A, P).
-    """
-    to_text = torch.einsum("bqp,ap->baq", image, all_text).amax(-1)
-    to_image = torch.einsum("bp,aqp->baq", text, all_image).amax(-1)
-    return Similarities(to_text / temperature, to_image / temperature)
+from connectors.qformer_keys import NAMES, qformer_keys
+from connectors.qformer_losses import (
+    Pairs,
+    Stage1Output,
+    belong_together,
+    caption_loss,
+    contrastive_loss,
+    draw_negatives,
+    judged_right,
+    matching_loss,
+    nearest_is_own,
+    similarities,
+)
 
 
-def contrastive_loss(similarity: Similarities, offset: int = 0) -> Tensor:
-    """Return the mean of both directions' cross-entropy; pair b belongs to b + offset of all."""
-    to_text, to_image = similarity
-    targets = torch.arange(len(to_text), device=to_text.device) + offset
-    by_image = F.cross_entropy(to_text, targets, label_smoothing=LABEL_SMOOTHING)
-    return (by_image + F.cross_entropy(to_image, targets, label_smoothing=LABEL_SMOOTHING)) / 2
-
-
-@torch.no_grad()
-def draw_negatives(
-    scores: Tensor, offset: int = 0, generator: torch.Generator | None = None
-) -> Tensor:
-    """Draw for each pair one of the others, the likelier the more similar.
-
-    Args:
-        scores: (B, A), as in `Similarities`: `text_to_image` draws pictures, and the reverse.
-        offset: where of all pairs this process's begin.
-        generator: where the draw comes from.
-
-    Returns:
-        (B,), indices of 0 ... A - 1, never a pair's own.
-
-    Raises:
-        UserError: there is no other pair.
-    """
-    if scores.shape[1] < 2:
-        raise UserError(
-            "image-text matching draws its negatives from the other pairs of a step, and there is "
-            "only one pair; raise the batch size to 2 or more"
-        )
-    own = torch.arange(len(scores), device=scores.device)[:, None] + offset
-    others = torch.arange(scores.shape[1], device=scores.device) != own
-    weights = scores.float().masked_fill(~others, float("-inf")).softmax(dim=1)
-    return torch.multinomial(weights, 1, generator=generator)[:, 0]
-
-
-def matching_loss(logits: Tensor) -> Tensor:
-    """Return the cross-entropy of (3 B, 2): B pairs, then 2 B that do not belong together."""
-    targets = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    targets[: len(logits) // 3] = 1
-    return F.cross_entropy(logits, targets)
-
-
-def caption_loss(logits: Tensor, text: TextInput) -> Tensor:
-    """Return the cross-entropy of each next word.
-
-    Args:
-        logits: (B, L, V), of the text that starts with `[DEC]`.
-        text: its ids and mask; padding is not predicted.
-    """
-    targets = text.ids.masked_fill(~text.mask.bool(), -100)[:, 1:]
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), targets.flatten(), label_smoothing=LABEL_SMOOTHING
-    )
+def alone(x: Tensor) -> Tensor:
+    """Return what all processes hold, where there is one: x itself."""
+    return x
 
 
 class CaptionHead(nn.Module):
@@ -136,14 +69,6 @@ class Encoded(NamedTuple):
     image_features: Tensor  # (B, Q, P), of length 1
     text_features: Tensor  # (B, P), of length 1
     caption_logits: Tensor  # (B, L, V)
-
-
-class Stage1Losses(NamedTuple):
-    """The three losses, to be added."""
-
-    contrastive: Tensor
-    matching: Tensor
-    caption: Tensor
 
 
 class QFormerStage1(Float32Module):
@@ -204,38 +129,50 @@ class QFormerStage1(Float32Module):
         features: Tensor,
         text: TextInput,
         bos_id: int,
+        pairs: Pairs,
+        gather: Callable[[Tensor], Tensor] = alone,
         negatives: tuple[Tensor, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Stage1Losses:
-        """Return the losses of B pairs in one process.
+    ) -> Stage1Output:
+        """Return losses and figures of B pairs, each compared with the A pairs of all processes.
 
         Args:
             features: (B, K, D).
             text: ids and mask (B, L); it starts with `[CLS]`.
             bos_id: `[DEC]`.
+            pairs: which of them share a picture or a caption, and what decides the draw.
+            gather: makes (A, ...), with gradients, of (B, ...); L is the same in all processes.
             negatives: for each pair another's picture, and another's text; by default drawn.
-            generator: where the draw comes from.
-
-        Raises:
-            UserError: a single pair has no negatives.
         """
+        real = gather(pairs.real)
+        kept = real | ~real.any()  # where nobody has a pair, what stands for one is compared
+
+        def of_all(x: Tensor) -> Tensor:
+            return gather(x)[kept]
+
         encoded = self.encode(features, text, bos_id)
         image, words = encoded.image_features, encoded.text_features
-        scores = similarities(image, words, self.temperature, image, words)
+        scores = similarities(image, words, self.temperature, of_all(image), of_all(words))
+        positives = belong_together(pairs, of_all(pairs.picture), of_all(pairs.caption))
         if negatives is None:
             negatives = (
-                draw_negatives(scores.text_to_image, generator=generator),
-                draw_negatives(scores.image_to_text, generator=generator),
+                draw_negatives(scores.text_to_image, positives, pairs.draws[:, 0]),
+                draw_negatives(scores.image_to_text, positives, pairs.draws[:, 1]),
             )
         other_image, other_text = negatives
-        matches = self.match(
-            torch.cat([features, features[other_image], features]),
-            TextInput(*(torch.cat([part, part, part[other_text]]) for part in text)),
+        logits = self.match(
+            torch.cat([features, of_all(features)[other_image], features]),
+            TextInput(*(torch.cat([part, part, of_all(part)[other_text]]) for part in text)),
         )
-        return Stage1Losses(
-            contrastive_loss(scores),
-            matching_loss(matches),
-            caption_loss(encoded.caption_logits, start_with(text, bos_id)),
+        fits = [positives.gather(1, other[:, None])[:, 0] for other in negatives]
+        targets = torch.cat([torch.ones_like(fits[0]), *fits])
+        return Stage1Output(
+            contrastive_loss(scores, positives),
+            matching_loss(logits, targets),
+            *caption_loss(encoded.caption_logits, start_with(text, bos_id)),
+            nearest_is_own(scores.image_to_text, positives),
+            nearest_is_own(scores.text_to_image, positives),
+            positives.float().mean(dim=1),
+            *judged_right(logits, targets),
         )
 
 
@@ -247,20 +184,49 @@ def start_with(text: TextInput, bos_id: int) -> TextInput:
 
 def stage1_keys(size: QFormerSize) -> KeyTable:
     """Return {LAVIS's key: ours} of a `QFormerStage1`."""
-    keys: dict[str, str | Layout] = {
-        theirs: f"qformer.{ours}" if isinstance(ours, str) else Unsqueezed("qformer.queries")
-        for theirs, ours in qformer_keys(size, "lavis").items()
-    }
+    keys = _qformer_keys(size, "lavis")
     head, words = "Qformer.cls.predictions", "caption_head.decoder"
     keys |= {"temp": "temperature", f"{head}.bias": f"{words}.bias"}
     keys[f"{head}.decoder.weight"] = f"{words}.weight"
-    modules = {"vision_proj": "image_proj", "text_proj": "text_proj", "itm_head": "match_head"}
-    modules[f"{head}.transform.dense"] = "caption_head.dense"
-    modules[f"{head}.transform.LayerNorm"] = "caption_head.norm"
-    for theirs, ours in modules.items():
-        keys |= {f"{theirs}.{n}": f"{ours}.{n}" for n in ("weight", "bias")}
+    keys |= _modules({"vision_proj": "image_proj", "text_proj": "text_proj"})
+    keys |= _modules({"itm_head": "match_head", f"{head}.transform.dense": "caption_head.dense"})
+    keys |= _modules({f"{head}.transform.LayerNorm": "caption_head.norm"})
     roots = ["Qformer", "query_tokens", "temp", "vision_proj", "text_proj", "itm_head"]
     if size.vision_norm_eps is not None:
         roots.append("ln_vision")
     idle = ("Qformer.bert.embeddings.position_ids", f"{head}.decoder.bias")
     return KeyTable(keys, roots, idle)
+
+
+def retrieval_keys(size: QFormerSize) -> KeyTable:
+    """Return {key of transformers' Blip2ForImageTextRetrieval: ours} of a `QFormerStage1`.
+
+    That model has neither temperature nor caption head.
+    """
+    names = {"qformer.embeddings.layernorm": "qformer.layernorm"}
+    names |= {"qformer.embeddings": "embeddings"}
+    keys: dict[str, str | Layout] = {}
+    for theirs, ours in _qformer_keys(size, "hf").items():
+        for instructblip, retrieval in names.items():
+            theirs = theirs.replace(instructblip, retrieval)
+        keys[theirs] = ours
+    heads = {"vision_projection": "image_proj", "text_projection": "text_proj"}
+    keys |= _modules({**heads, "itm_head": "match_head"})
+    tables = ("embeddings.word_embeddings", "embeddings.position_embeddings")
+    roots = ["qformer", "query_tokens", *tables, *heads, "itm_head"]
+    if size.vision_norm_eps is not None:
+        roots.append("vision_model.post_layernorm")
+    return KeyTable(keys, roots)
+
+
+def _qformer_keys(size: QFormerSize, style: Literal["lavis", "hf"]) -> dict[str, str | Layout]:
+    """Return the published keys of the Q-Former in a `QFormerStage1`."""
+    return {
+        theirs: f"qformer.{ours}" if isinstance(ours, str) else Unsqueezed("qformer.queries")
+        for theirs, ours in qformer_keys(size, style).items()
+    }
+
+
+def _modules(names: dict[str, str]) -> dict[str, str | Layout]:
+    """Return {published key: ours} of modules with weight and bias, {published: ours}."""
+    return {f"{theirs}.{n}": f"{ours}.{n}" for theirs, ours in names.items() for n in NAMES}

@@ -12,11 +12,12 @@ from typing import Any
 
 from eval.answers import LETTERS
 from eval.foreign_answers import FOREIGN_PARSERS
-from eval.intervals import Interval, Stratum, composite, paired_difference, wilson
+from eval.intervals import Stratum, composite, paired_difference
 from eval.protocols import Protocol
 from eval.runner import BLIND, IMAGE, RunPlan
 from eval.samples import Row, SampleStore
 from eval.task import Formula, Task
+from vlm.proportions import Interval, wilson
 
 RESULTS_SCHEMA = 1
 Json = dict[str, Any]

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from train.objectives import QFormerStage1
+from train.qformer_stage1 import take_qformer
 from train.recipe import Recipe, StageRecipe
 from vlm.errors import UserError
 
@@ -15,7 +17,8 @@ def build_model(
     Args:
         recipe: its `model` is what the first stage starts from.
         stage: decides the chat template.
-        previous: folder of the stage before, None for the first.
+        previous: folder of the stage before, None for the first; of a Q-Former's first stage, the
+            connector takes what it learnt.
         checkpoint: the stage's own newest checkpoint, None for a fresh start.
 
     Raises:
@@ -25,8 +28,11 @@ def build_model(
     from vlm.loading import load_model
 
     source = checkpoint or previous or recipe.model.checkpoint
-    if source is None:
+    after_first_stage = previous is not None and _is_first_stage(recipe, previous)
+    if source is None or (checkpoint is None and after_first_stage):
         model, processor = _assemble(recipe)
+        if previous is not None:
+            take_qformer(model, previous)
     else:
         model, processor = load_model(source, dtype=recipe.model.dtype, device="cpu")
         if previous is not None or recipe.model.chat_template is not None:
@@ -57,6 +63,11 @@ def _assemble(recipe: Recipe) -> tuple[Any, Any]:
         chat_template=parts.chat_template,
         dtype=parts.dtype,
     )
+
+
+def _is_first_stage(recipe: Recipe, folder: Path) -> bool:
+    """Return whether a stage's folder holds a Q-Former without a language model."""
+    return isinstance(recipe.stage(folder.name).aim, QFormerStage1)
 
 
 def model_template(recipe: Recipe) -> Any:

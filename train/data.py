@@ -2,13 +2,15 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_recipes.dataset import ConversationDataset, Skipped, image_root
 from data_recipes.index import RecordIndex
-from data_recipes.mixture import Mixture
+from data_recipes.mixture import Mixture, Source
+from train.objectives import QFormerStage1
 from train.recipe import StageRecipe
 from vlm.errors import UserError
 
@@ -19,7 +21,13 @@ def check_data(stage: StageRecipe, seed: int) -> None:
     Raises:
         UserError: a file or folder is missing, or holds no records.
     """
-    sources = stage.data.sources
+    _check_sources(stage.data.sources, f"stages.{stage.name}.data", seed)
+    if isinstance(stage.aim, QFormerStage1) and stage.aim.held_out:
+        _check_sources(stage.aim.held_out, f"stages.{stage.name}.objective.held_out", seed)
+
+
+def _check_sources(sources: Sequence[Source], where: str, seed: int) -> None:
+    """Open every file of some sources; `where` names them in errors."""
     try:
         lengths = [len(RecordIndex(source.path)) for source in sources]
         Mixture(sources, lengths, seed)
@@ -29,7 +37,7 @@ def check_data(stage: StageRecipe, seed: int) -> None:
                     f"data source {source.name!r}: image_root {source.image_root} is no folder"
                 )
     except UserError as error:
-        raise UserError(f"stages.{stage.name}.data: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def stage_dataset(stage: StageRecipe, processor: Any, seed: int) -> ConversationDataset:

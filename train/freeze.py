@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-# part -> the prefixes of its parameters' names in VlmForConditionalGeneration
+# part -> the prefixes of its parameters' names in VlmForConditionalGeneration; without `model.`, in
+# ImageTextModel, which has no language model
 PARTS: dict[str, tuple[str, ...]] = {
-    "vision_tower": ("model.vision_tower.",),
-    "connector": ("model.connector.", "model.image_newline"),
+    "vision_tower": ("model.vision_tower.", "vision_tower."),
+    "connector": ("model.connector.", "model.image_newline", "connector."),
     "language_model": ("model.language_model.", "lm_head."),
 }
 
@@ -41,7 +42,8 @@ def freeze(model: "nn.Module", trainable: Mapping[str, float]) -> list[Group]:
     """Set `requires_grad` of every parameter and return the optimizer's groups.
 
     Args:
-        model: a VlmForConditionalGeneration; before any sharding, while shapes are whole.
+        model: a VlmForConditionalGeneration or ImageTextModel; before any sharding, while shapes
+            are whole.
         trainable: part -> learning rate.
     """
     exempt = set(_exempt_from_decay(model))
@@ -86,10 +88,10 @@ def optimizer_groups(
 
 
 def describe(model: "nn.Module", trainable: Mapping[str, float]) -> Iterator[str]:
-    """Yield one line per part: how many parameters, and what happens to them."""
+    """Yield one line per part that has any: how many parameters, and what happens to them."""
     sizes = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         sizes[owner(name)] += parameter.numel()
-    for part, size in sizes.items():
+    for part, size in ((part, size) for part, size in sizes.items() if size):
         fate = f"trains at {trainable[part]:g}" if part in trainable else "frozen"
         yield f"{part:<16} {size / 1e6:>10.3f} M parameters  {fate}"

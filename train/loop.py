@@ -3,18 +3,17 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from data_recipes.dataset import Collator, ConversationDataset
 from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
 from train.checkpoints import copy_model, newest, step_of
 from train.data import SkipNotes
 from train.folders import flush_files
 from train.freeze import Group
 from train.manifest import StageManifest
+from train.parts import StageParts
 from train.plot import draw_loss
 from train.process import is_main_process, say
 from train.recipe import StageRecipe
@@ -26,10 +25,9 @@ LOG_NAME = "training_log.jsonl"
 def make_trainer(
     stage: StageRecipe,
     folder: Path,
-    model: Any,
+    parts: StageParts,
     groups: list[Group],
     arguments: TrainingArguments,
-    dataset: ConversationDataset,
     manifest: StageManifest,
 ) -> VlmTrainer:
     """Return the stage's Trainer with everything that watches it."""
@@ -43,15 +41,15 @@ def make_trainer(
         from torch.utils.tensorboard import SummaryWriter
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
-    trainer = VlmTrainer(
-        model=model,
+    trainer = parts.trainer(
+        model=parts.model,
         args=arguments,
         groups=groups,
         on_skip=SkipNotes(folder, arguments.process_index),
-        dataset=dataset,
+        dataset=parts.dataset,
         length_window=stage.length_window,
-        data_collator=Collator(dataset.processor),
-        processing_class=dataset.processor,
+        data_collator=parts.collate,
+        processing_class=parts.dataset.processor,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # the progress line shows the same
@@ -86,7 +84,7 @@ def train_to_end(
     if is_main_process():
         _draw(folder)
         flush_files(folder)
-        manifest.finish(step, records_seen(trainer, step))
+        manifest.finish(step, records_seen(trainer, step), trainer.final_figures())
         say(f"stage {folder.name}: done, {folder}")
     trainer.accelerator.wait_for_everyone()
 

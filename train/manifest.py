@@ -53,9 +53,10 @@ class StageManifest(TrainerCallback):
         self.content["step"] = state.global_step
         self.write("running")
 
-    def finish(self, step: int, seen: dict[str, int]) -> None:
-        """Write the final manifest; the stage counts as done from here on."""
+    def finish(self, step: int, seen: dict[str, int], figures: dict[str, Any]) -> None:
+        """Write the final manifest, with figures; the stage counts as done from here on."""
         skipped = count_skipped(self.folder)
+        self.content |= figures
         self.content["step"] = step
         self.content["records"] = {
             name: {"seen": count, "skipped": skipped.get(name, 0)} for name, count in seen.items()

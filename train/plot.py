@@ -33,7 +33,15 @@ def draw_loss(log: list[dict[str, Any]], title: str, path: Path) -> None:
     marker = "o" if len(log) < 20 else ""
     top.plot(steps, losses, color=LINE, alpha=0.25, linewidth=1, marker=marker, markersize=3)
     averaged = smooth(losses, len(losses) / 20)
-    top.plot(steps, averaged, color=LINE, linewidth=2)
+    summands = sorted({key for line in log for key in line if key.startswith("loss/")})
+    top.plot(steps, averaged, color=LINE, linewidth=2, label="sum" if summands else None)
+    for number, name in enumerate(summands):
+        values = smooth([line[name] for line in log], len(log) / 20)
+        top.plot(
+            steps, values, color=RATE_COLORS[number], linewidth=1, label=name.partition("/")[2]
+        )
+    if summands:
+        top.legend(frameon=False, fontsize=8, loc="upper right")
     top.annotate(
         f"{averaged[-1]:.3f}",
         (steps[-1], averaged[-1]),
@@ -43,7 +51,7 @@ def draw_loss(log: list[dict[str, Any]], title: str, path: Path) -> None:
         va="center",
         fontsize=10,
     )
-    top.set_ylabel("loss per supervised token", color=INK)
+    top.set_ylabel("loss" if summands else "loss per supervised token", color=INK)
     top.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
     names = sorted({key for line in log for key in line if key.startswith("learning_rate/")})
     for number, name in enumerate(names):

@@ -14,6 +14,7 @@ from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from data_recipes.mixture import Source, load_mix, parse_sources
 from train.freeze import PARTS
+from train.objectives import Objective, check_objectives, parse_objective, resolve_objective
 from vlm.errors import UserError
 from vlm.overrides import apply_overrides, parse_overrides
 from vlm.yaml_values import read_file
@@ -26,7 +27,8 @@ class ModelRecipe:
     Attributes:
         vision_encoder: e.g. {type: transformers, source: FOLDER_OR_HUB_ID, layer: -2}.
         connector: e.g. {type: mlp, depth: 2}, or a list of connectors that work as one.
-        language_model: hub id or folder of any AutoModelForCausalLM.
+        language_model: hub id or folder of any AutoModelForCausalLM; may be left out where no stage
+            needs one.
         tiling: how an image becomes views, e.g. {type: anyres}.
         checkpoint: a folder or id of ours to go on from, instead of the four above.
         chat_template: name of a template of ours; the tokenizer's own if None.
@@ -65,6 +67,7 @@ class StageRecipe:
         name: folder of the stage's result, and its name in overrides.
         trainable: part -> peak learning rate; parts that are not named are frozen.
         data: see `DataRecipe`.
+        objective: what it learns by, see `train.objectives`; the next token if None.
         chat_template: another template for this stage alone, such as llava_plain.
         max_length: longest row in tokens, images included; longer ones are faults, never cut.
         length_window: optimizer steps within which rows of like length are padded together. In a
@@ -75,10 +78,16 @@ class StageRecipe:
     name: str
     trainable: dict[str, float]
     data: DataRecipe
+    objective: dict[str, Any] | None = None
     chat_template: str | None = None
     max_length: int | None = None
     length_window: int = 0
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def aim(self) -> Objective:
+        """Return the objective, checked."""
+        return parse_objective(self.objective, f"stages.{self.name}.objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +146,7 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     if "stages" in values:
         values["stages"] = _parse_stages(values["stages"], where)
     recipe = config_from_mapping(Recipe, values, where)
+    check_objectives(recipe.model, recipe.stages, where)
     if recipe.num_threads is not None and recipe.num_threads < 1:
         raise UserError(f"{where}: num_threads must be 1 or more, not {recipe.num_threads}")
     return recipe
@@ -145,13 +155,13 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
 def _parse_model(value: Any, where: str) -> ModelRecipe:
     """Check the model, down to the names of its encoder, connector, tiling and template."""
     model = config_from_mapping(ModelRecipe, _mapping(value, where), where)
-    components = ("vision_encoder", "connector", "language_model")
-    given = [name for name in components if value.get(name) is not None]
+    needed = ("vision_encoder", "connector")  # the language model, if a stage has one
+    given = [name for name in (*needed, "language_model") if value.get(name) is not None]
     if model.checkpoint is not None and given:
         raise UserError(f"{where}: give either checkpoint or {given[0]}, not both")
-    if model.checkpoint is None and len(given) < len(components):
-        missing = next(name for name in components if name not in given)
-        raise UserError(f"{where} needs {missing} (or a checkpoint to go on from)")
+    missing = [name for name in needed if name not in given]
+    if model.checkpoint is None and missing:
+        raise UserError(f"{where} needs {missing[0]} (or a checkpoint to go on from)")
     check_components(model, where)
     return model
 
@@ -199,6 +209,7 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
         values["data"] = _parse_data(values["data"], f"{where}.data")
     if "trainable" in values:
         values["trainable"] = _parse_trainable(values["trainable"], f"{where}.trainable")
+    values["objective"] = resolve_objective(values.get("objective"), f"{where}.objective")
     stage = config_from_mapping(StageRecipe, values, where)
     if not stage.name or Path(stage.name).name != stage.name or stage.name.startswith("."):
         raise UserError(f"{where}: name {stage.name!r} cannot be a folder's name")

@@ -8,13 +8,13 @@ deepspeed --module train RECIPE --stage align
 from pathlib import Path
 
 from train.arguments import check_arguments, training_arguments
-from train.build import build_model
 from train.checkpoints import newest
-from train.data import check_data, stage_dataset
+from train.data import check_data
 from train.folders import check_space, claim, is_done, prepare_output
 from train.freeze import describe, freeze
 from train.loop import make_trainer, train_to_end
 from train.manifest import StageManifest
+from train.parts import stage_parts
 from train.process import free_memory, say, seed_everything, set_up_torch
 from train.recipe import Recipe, StageRecipe
 from vlm.errors import UserError
@@ -65,14 +65,13 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     free_memory()
     checkpoint = newest(folder / "checkpoints")
     seed_everything(recipe.seed)
-    model, processor = build_model(recipe, stage, previous, checkpoint)
-    groups = freeze(model, stage.trainable)
+    parts = stage_parts(recipe, stage, previous, checkpoint)
+    groups = freeze(parts.model, stage.trainable)
     arguments = training_arguments(recipe, stage, folder)
-    dataset = stage_dataset(stage, processor, recipe.seed)
-    check_space(folder, model, arguments.save_strategy != "no")
+    check_space(folder, parts.model, arguments.save_strategy != "no")
 
-    say(f"stage {stage.name}: {len(dataset)} records an epoch, result in {folder}")
-    say("\n".join(describe(model, stage.trainable)))
+    say(f"stage {stage.name}: {len(parts.dataset)} records an epoch, result in {folder}")
+    say("\n".join(describe(parts.model, stage.trainable)))
     manifest = StageManifest(folder, recipe, stage, arguments.device)
-    trainer = make_trainer(stage, folder, model, groups, arguments, dataset, manifest)
+    trainer = make_trainer(stage, folder, parts, groups, arguments, manifest)
     train_to_end(trainer, checkpoint, folder, manifest)

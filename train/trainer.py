@@ -136,6 +136,14 @@ class VlmTrainer(SealingTrainer):
         assert isinstance(count, Tensor), "the model must take num_items_in_batch"
         return count.clamp(min=1)
 
+    def _num_supervised(self, num_items: Tensor) -> Tensor:
+        """Return the supervised tokens of what `_get_num_items_in_batch` counted."""
+        return num_items
+
+    def final_figures(self) -> dict[str, Any]:
+        """Return what to note in the manifest when the stage ends; asked of the main process."""
+        return {}
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
@@ -152,7 +160,8 @@ class VlmTrainer(SealingTrainer):
             inputs["record_ids"] = record_ids
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.window.samples += len(record_ids) * self.args.world_size
-        self.window.tokens += num_items_in_batch / self.current_gradient_accumulation_steps
+        supervised = self._num_supervised(num_items_in_batch)
+        self.window.tokens += supervised / self.current_gradient_accumulation_steps
         if not bool(torch.isfinite(loss)):
             raise UserError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}, in the batch "

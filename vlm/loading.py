@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +34,10 @@ __all__ = [
     "VlmProcessor",
     "assemble",
     "load_model",
+    "load_weights",
 ]
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 
 def load_model(
@@ -56,8 +59,28 @@ def load_model(
     device = _usable_device(device)
     try:
         processor = VlmProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    model: Any = load_weights(VlmForConditionalGeneration, source, dtype)
+    return model.to(device).eval(), processor
+
+
+def load_weights(
+    model_class: type[M], source: str | Path, dtype: torch.dtype | str | None = None
+) -> M:
+    """Return the model of a checkpoint, on the CPU, with every weight that it has and no other.
+
+    Args:
+        model_class: what the checkpoint is known to hold.
+        source: a folder written by `save_pretrained`, or a Hub id.
+        dtype: None keeps the checkpoint's.
+
+    Raises:
+        UserError: weights cannot be read, are missing, left over, or of another shape.
+    """
+    try:
         with _quiet():  # its report of wrong weights is a screenful; ours is a sentence
-            loaded: Any = VlmForConditionalGeneration.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 source,
                 dtype=dtype or "auto",
                 output_loading_info=True,
@@ -67,7 +90,7 @@ def load_model(
         raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
     _check_report(source, report)
-    return model.to(device).eval(), processor
+    return model
 
 
 @contextmanager

@@ -10,7 +10,17 @@ from connectors.checkpoint_keys import from_published, to_published
 from connectors.errors import UserError
 from connectors.qformer_blocks import QFormer, QFormerSize, TextInput
 from connectors.qformer_keys import start_from_bert
-from connectors.qformer_stage1 import QFormerStage1, draw_negatives, stage1_keys
+from connectors.qformer_losses import (
+    Pairs,
+    belong_together,
+    contrastive_loss,
+    draw_negatives,
+    judged_right,
+    matching_loss,
+    nearest_is_own,
+    similarities,
+)
+from connectors.qformer_stage1 import QFormerStage1, stage1_keys
 
 SIZES = {"hidden_dim": 16, "num_layers": 3, "num_heads": 4, "feed_forward_dim": 24}
 SIZES |= {"num_queries": 5, "vocab_size": 30, "max_num_positions": 6, "dropout": 0.0}
@@ -136,21 +146,85 @@ def test_another_bert_is_refused():
         start_from_bert(make(hidden_dim=8).qformer, bert().state_dict())
 
 
+def pairs_of(pictures, captions=None, real=None):
+    pictures = torch.tensor(pictures)
+    captions = 100 + torch.arange(len(pictures)) if captions is None else torch.tensor(captions)
+    real = torch.ones(len(pictures), dtype=torch.bool) if real is None else torch.tensor(real)
+    draws = torch.rand(len(pictures), 2, generator=torch.Generator().manual_seed(5)).double()
+    return Pairs(pictures, captions, draws, real)
+
+
 def test_negatives_are_others_and_the_nearest_come_most():
     generator = torch.Generator().manual_seed(0)
-    scores = torch.zeros(2, 4)
+    scores, own = torch.zeros(2, 4), torch.eye(4, dtype=torch.bool)[1:3]
     scores[0, 3] = 3.0
-    drawn = torch.stack([draw_negatives(scores, 1, generator) for _ in range(500)])
+    draws = torch.rand(500, 2, generator=generator, dtype=torch.float64)
+    drawn = torch.stack([draw_negatives(scores, own, draw) for draw in draws])
     assert set(drawn[:, 0].tolist()) == {0, 2, 3} and set(drawn[:, 1].tolist()) == {0, 1, 3}
-    assert (drawn[:, 0] == 3).float().mean() > 0.8
-    with pytest.raises(UserError, match="only one pair"):
-        draw_negatives(torch.zeros(1, 1))
+    expected = torch.tensor([1.0, 0.0, 1.0, 20.0855]) / 22.0855
+    counts = torch.bincount(drawn[:, 0], minlength=4) / 500
+    assert (counts - expected).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.999999, 1 - 2**-53])
+def test_no_draw_meets_what_is_forbidden(draw):
+    forbidden = torch.tensor([[True, False, False, True], [True, True, False, True]])
+    draws = torch.full((2,), draw, dtype=torch.float64)
+    for scores in (torch.zeros(2, 4), torch.randn(2, 4) * 30):
+        drawn = draw_negatives(scores, forbidden, draws)
+        assert not forbidden.gather(1, drawn[:, None]).any()
+
+
+def test_pairs_of_one_picture_or_caption_belong_together():
+    pairs = pairs_of([1, 1, 2, 3], [7, 8, 9, 9])
+    positives = belong_together(pairs, pairs.picture, pairs.caption)
+    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert positives.int().tolist() == expected
+    # LAVIS's soft targets for pairs with an image_id
+    scores = similarities(*(torch.randn(s) for s in ((4, 3, 5), (4, 5), (), (4, 3, 5), (4, 5))))
+    share = torch.tensor(expected) / torch.tensor(expected).sum(1, keepdim=True)
+    targets = 0.9 * share + 0.1 * torch.ones(4, 4) / 4
+    both = [-(s.log_softmax(1) * targets).sum(1).mean() for s in scores]
+    torch.testing.assert_close(contrastive_loss(scores, positives).mean(), sum(both) / 2)
+    assert nearest_is_own(torch.eye(4)[[1, 3, 3, 0]], positives).tolist() == [1, 0, 1, 0]
+
+
+def test_what_stands_where_no_pair_is_changes_nothing():
+    model, features = stage1().eval(), torch.randn(4, 4, 10)
+    text = TextInput(*(part.repeat(2, 1) for part in TEXT))
+    text.ids[2:, 1] += 13
+    whole = model(features, text, 29, pairs_of([0, 1, 2, 3]))
+    blank = TextInput(*(torch.cat([part, part[:1] * 0]) for part in text))
+    pairs = pairs_of([0, 1, 2, 3, 0], real=[True, True, True, True, False])
+    more = model(torch.cat([features, torch.zeros(1, 4, 10)]), blank, 29, pairs)
+    for with_blank, alone in zip(more, whole, strict=True):
+        torch.testing.assert_close(with_blank[:4], alone)
+        assert torch.isfinite(with_blank).all()
+    nothing = model(features, text, 29, pairs_of([0] * 4, real=[False] * 4))
+    assert all(torch.isfinite(part).all() for part in nothing)
+
+
+def test_a_pair_without_negatives_is_labelled_as_what_it_draws():
+    model, features = stage1().eval(), torch.randn(2, 4, 10)
+    found = model(features, TEXT, 29, pairs_of([4, 4]))
+    logits = model.match(features, TEXT)
+    own = model(features[:1], TextInput(*(part[:1] for part in TEXT)), 29, pairs_of([4]))
+    expected = matching_loss(logits[:1].repeat(3, 1), torch.ones(3))
+    torch.testing.assert_close(own.matching, expected)
+    assert found.chance.tolist() == [1.0, 1.0] and own.contrastive.abs().item() < 1e-6
+
+
+def test_judgements_are_counted_apart():
+    logits = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [1, 0], [1, 0]]).float()
+    accepted, refused = judged_right(logits, torch.tensor([1, 1, 0, 0, 0, 0]).bool())
+    assert accepted.tolist() == [1, 0] and refused.tolist() == [0.5, 1.0]
 
 
 def test_first_stage_trains_every_weight_and_ties_words():
     model = stage1()
     assert model.caption_head.decoder.weight is model.qformer.word_embeddings.weight
-    sum(model(torch.randn(2, 4, 10), TEXT, 29)).backward()
+    found = model(torch.randn(2, 4, 10), TEXT, 29, pairs_of([0, 1]))
+    (found.contrastive + found.matching + found.caption).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert set(stage1_keys(model.qformer.size)) > {"temp", "Qformer.cls.predictions.bias"}

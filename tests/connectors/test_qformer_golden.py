@@ -14,15 +14,15 @@ from connectors.checkpoint_keys import (
     translate_back,
 )
 from connectors.qformer_blocks import QFormerSize, TextInput, visible
-from connectors.qformer_stage1 import (
-    QFormerStage1,
+from connectors.qformer_losses import (
+    Pairs,
+    belong_together,
     caption_loss,
     contrastive_loss,
     matching_loss,
     similarities,
-    stage1_keys,
-    start_with,
 )
+from connectors.qformer_stage1 import QFormerStage1, stage1_keys, start_with
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 SIZES = {"num_queries": 5, "hidden_dim": 32, "num_layers": 4, "num_heads": 4}
@@ -71,6 +71,11 @@ def stage1():
     return tensors, model, text
 
 
+def all_different(num):
+    numbers = torch.arange(num)
+    return Pairs(numbers, numbers, torch.rand(num, 2).double(), numbers >= 0)
+
+
 def test_first_stage_values():
     tensors, model, text = stage1()
     features = tensors["image_embeds"]
@@ -83,18 +88,25 @@ def test_first_stage_values():
     image, words = encoded.image_features, encoded.text_features
     scores = similarities(image, words, model.temperature, image, words)
     close(scores.image_to_text, tensors["sim_i2t"])
-    close(contrastive_loss(scores), tensors["loss_itc"])
-    close(caption_loss(encoded.caption_logits, start_with(text, BOS)), tensors["loss_lm"])
+    pairs = all_different(len(image))
+    positives = belong_together(pairs, pairs.picture, pairs.caption)
+    close(contrastive_loss(scores, positives).mean(), tensors["loss_itc"])
+    losses, words = caption_loss(encoded.caption_logits, start_with(text, BOS))
+    close(losses.sum() / words.sum(), tensors["loss_lm"])
 
 
 def test_first_stage_losses_and_gradients():
     tensors, model, text = stage1()
     features = tensors["image_embeds"].clone().requires_grad_()
     negatives = (tensors["neg_image_idx"], tensors["neg_text_idx"])
-    losses = model(features, text, BOS, negatives)
-    close(losses.contrastive, tensors["loss_itc"])
-    close(losses.matching, tensors["loss_itm"])
-    close(losses.caption, tensors["loss_lm"])
+    found = model(features, text, BOS, all_different(3), negatives=negatives)
+    losses = (
+        found.contrastive.mean(),
+        found.matching.mean(),
+        found.caption.sum() / found.words.sum(),
+    )
+    for loss, name in zip(losses, ("loss_itc", "loss_itm", "loss_lm"), strict=True):
+        close(loss, tensors[name])
     close(sum(losses), tensors["loss"])
     sum(losses).backward()
     close(features.grad, tensors["grad.image_embeds"], 1e-4)
@@ -118,6 +130,15 @@ def test_masks():
 
 
 def test_matching_loss_is_of_both_kinds():
-    logits = torch.randn(6, 2)
-    expected = F.cross_entropy(logits, torch.tensor([1, 1, 0, 0, 0, 0]))
-    assert torch.equal(matching_loss(logits), expected)
+    logits, targets = torch.randn(6, 2), torch.tensor([1, 1, 0, 0, 0, 0])
+    expected = F.cross_entropy(logits, targets)
+    close(matching_loss(logits, targets).mean(), expected)
+
+
+def test_contrast_is_smoothed_cross_entropy_where_all_differ():
+    scores = similarities(
+        *(torch.randn(shape) for shape in ((4, 3, 5), (4, 5), (), (7, 3, 5), (7, 5)))
+    )
+    positives = torch.eye(7, dtype=torch.bool)[2:6]
+    expected = [F.cross_entropy(s, torch.arange(2, 6), label_smoothing=0.1) for s in scores]
+    close(contrastive_loss(scores, positives).mean(), sum(expected) / 2)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from eval.intervals import Stratum, composite, paired_difference, wilson
+from eval.intervals import Stratum, composite, paired_difference
+from vlm.proportions import wilson
 
 
 @pytest.mark.parametrize(
