@@ -53,7 +53,7 @@ def markdown_report(results: Json) -> str:
         "",
         "## Composite scores",
         "",
-        *_markdown(
+        *markdown_table(
             ("score", "formula", "scoring", "n", "accuracy [95 %]", "chance", "blind"),
             (
                 (
@@ -70,16 +70,21 @@ def markdown_report(results: Json) -> str:
         ),
     ]
     for title, cells in _tables(results):
-        lines += ["", f"## {title}", "", *_markdown(CELL_HEAD, map(_cell_row, cells.items()))]
+        lines += ["", f"## {title}", "", *markdown_table(CELL_HEAD, map(_cell_row, cells.items()))]
         if generation:
-            lines += ["", *_markdown(READ_HEAD, map(_read_row, cells.items()))]
-    lines += ["", "## Letters", "", *_markdown(("group", "whose", "counts"), _letters(results))]
+            lines += ["", *markdown_table(READ_HEAD, map(_read_row, cells.items()))]
+    lines += [
+        "",
+        "## Letters",
+        "",
+        *markdown_table(("group", "whose", "counts"), _letters(results)),
+    ]
     if generation:
         lines += [
             "",
             "## How replies were read",
             "",
-            *_markdown(("view", "rule", "replies"), _rules(results)),
+            *markdown_table(("view", "rule", "replies"), _rules(results)),
         ]
     lines += ["", "## How it was made", "", *_manifest(manifest), ""]
     lines.append(
@@ -190,7 +195,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |")

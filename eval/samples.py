@@ -101,6 +101,23 @@ class SampleStore:
             self._take_up()
 
 
+def read_answers(folder: Path) -> tuple[dict[str, Any], dict[Key, Row]]:
+    """Return the identity and the answers of a run in `folder`, which is left as it is.
+
+    Raises:
+        UserError: there are none, or a line is broken.
+    """
+    path = folder / "samples.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: no answers can be read ({error.strerror})") from error
+    parsed = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    if not parsed or "identity" not in parsed[0]:
+        raise UserError(f"{path} is no answers file of ours")
+    return parsed[0]["identity"], {_key(row): row for row in parsed[1:]}
+
+
 def dump(value: Any) -> str:
     """Return JSON with sorted keys: the same value gives the same bytes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -10,7 +10,6 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from train.manifest import read_manifest
 from train.process import is_main_process
 from train.recipe import Recipe, StageRecipe
-from vlm.done import flush, write_flushed
+from vlm.done import first_difference, flush, write_flushed
 from vlm.errors import UserError
 from vlm.yaml_values import read_file, to_text
 
@@ -73,13 +72,12 @@ def claim(recipe: Recipe, stage: StageRecipe, folder: Path) -> bool:
     wanted = stage_tree(recipe, stage)
     written = folder / "recipe.yaml"
     if written.exists():
-        before, now = dict(_leaves(read_file(written))), dict(_leaves(wanted))
-        for path in [*before, *now]:
-            if before.get(path) != now.get(path) and path.rpartition(".")[2] not in FREE_SETTINGS:
-                raise UserError(
-                    f"{folder} holds stage {stage.name!r} with {path} = {before.get(path)!r}, but "
-                    f"now it is {now.get(path)!r}; choose another --output_dir, or delete it"
-                )
+        if found := first_difference(read_file(written), wanted, FREE_SETTINGS):
+            path, before, now = found
+            raise UserError(
+                f"{folder} holds stage {stage.name!r} with {path} = {before!r}, but now it is "
+                f"{now!r}; choose another --output_dir, or delete it"
+            )
     elif is_main_process() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no stage of a run; choose another --output_dir")
     if is_main_process() and not is_done(folder):
@@ -117,14 +115,3 @@ def flush_files(folder: Path) -> None:
         if path.is_file():
             flush(path)
     flush(folder)
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) of every leaf of a tree of plain values."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in items:
-        here = f"{path}.{key}" if path else str(key)
-        if isinstance(value, (dict, list)) and value:
-            yield from _leaves(value, here)
-        else:
-            yield here, value

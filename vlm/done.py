@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,34 @@ def read_done(path: Path, settings: Mapping[str, Any], what: str) -> dict[str, A
             "choose another --out or remove the folder"
         )
     return note
+
+
+def first_difference(
+    before: Any, now: Any, free: Container[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """Return (dotted path, value before, value now) of the first leaf that differs, None if equal.
+
+    Args:
+        before: a tree of plain values.
+        now: another.
+        free: last names of paths that may differ.
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(now))
+    for path in [*old, *new]:
+        if old.get(path) != new.get(path) and path.rpartition(".")[2] not in free:
+            return path, old.get(path), new.get(path)
+    return None
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every leaf of a tree of plain values."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    for key, value in items:
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(value, (Mapping, list)) and value:
+            yield from _leaves(value, here)
+        else:
+            yield here, value
 
 
 def write_note(path: Path, values: Mapping[str, Any]) -> None:

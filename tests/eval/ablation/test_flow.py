@@ -1,0 +1,206 @@
+"""Does an ablation check first, run each variant once, go on where it stopped, and drop no row?"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.ablation import flow, runs
+from eval.ablation.cli import add_arguments
+from eval.ablation.cli import run as run_command
+from eval.runner import choose_indices
+from eval.tasks.cv_bench import CvBench
+from vlm.child_commands import Ended, only_one
+from vlm.errors import UserError
+from vlm.yaml_values import read_file
+
+COSTS = {
+    "visual_tokens": 16.0, "parameters_connector": 1000, "parameters": 5000, "look_ms": 1.0,
+    "flops_connector": 10, "flops_language_model": 20, "prefill_ms": 2.0, "prefill_peak_mb": 3.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(encoder_folder, language_model_folder):
+    """A resolved recipe as `vlm train --check` prints it."""
+    return {
+        "name": "tiny",
+        "output_dir": "runs/tiny",
+        "model": {
+            "vision_encoder": {"type": "transformers", "source": str(encoder_folder)},
+            "connector": {"type": "mlp", "depth": 2},
+            "language_model": str(language_model_folder),
+            "tiling": {"type": "resize"},
+            "checkpoint": None,
+        },
+        "stages": [{"name": "align", "length_window": 0}, {"name": "instruct", "length_window": 1}],
+        "seed": 5,
+        "num_threads": 1,
+    }
+
+
+class Fake:
+    """Commands that leave the files of `vlm train` and `vlm eval`, at once."""
+
+    def __init__(self, data):
+        self.ran, self.failing, self.killed = [], {}, None
+        self.task = CvBench.open([data])
+
+    def __call__(self, commands, lock, log):
+        (words,) = commands
+        name = Path(words[1]).parts[-3 if words[0] == "train" else -4]
+        self.ran.append(f"{words[0]} {name}")
+        if self.killed == self.ran[-1]:
+            raise KeyboardInterrupt
+        if self.ran[-1] in self.failing:
+            log.write_text(f"step 1\rstep 2\n{self.failing[self.ran[-1]]}\n")
+            return Ended(1.0, 50, [(0, 2)])
+        if words[0] == "train":
+            recipe = read_file(Path(words[1]))
+            folder = Path(recipe["output_dir"]) / recipe["stages"][-1]["name"]
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text('{"status": "done"}')
+        else:
+            self.answer(Path(words[words.index("--out") + 1]), better=name != "mlp")
+        return Ended(2.0, 100, [])
+
+    def answer(self, folder, better):
+        rows = [{"identity": {"weights": "x"}}]
+        for index in choose_indices(self.task, None):
+            example = self.task.get_example(index)
+            letter = example.answer if better or index % 2 else "Z"
+            rows.append({"index": index, "view": "image", "likelihood": letter})
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "samples.jsonl").write_text(text)
+
+
+@pytest.fixture
+def data(tmp_path, write_benchmark):
+    return write_benchmark(tmp_path / "test.parquet", per_task=12)
+
+
+@pytest.fixture
+def fake(monkeypatch, base, data):
+    made = Fake(data)
+    monkeypatch.setattr(runs, "run_side_by_side", made)
+    monkeypatch.setattr(flow, "check_recipe", lambda *_: json.loads(json.dumps(base)))
+    costs = lambda task, indices, done, rounds: {run.row.name: dict(COSTS) for run in done}  # noqa: E731
+    monkeypatch.setattr(flow, "measure_costs", costs)
+    return made
+
+
+@pytest.fixture
+def ablate(tmp_path, data):
+    def call(*words):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        fixed = ["recipe.yaml", "--data", str(data), "--out", str(tmp_path / "out")]
+        args, args.overrides = parser.parse_known_args([*fixed, *words])
+        return run_command(args)
+
+    return call
+
+
+def report(tmp_path):
+    return json.loads((tmp_path / "out/ablation.json").read_text())
+
+
+def test_rows_are_trained_scored_and_compared(tmp_path, fake, ablate, capsys):
+    assert ablate("--vary", "connector=mlp,pooling") == 0
+    assert fake.ran == ["train mlp", "eval mlp", "train pooling", "eval pooling"]
+    recipe = read_file(tmp_path / "out/runs/pooling/seed5/recipe.yaml")
+    assert recipe["model"]["connector"] == {"type": "pooling"} and recipe["seed"] == 5
+    rows = report(tmp_path)["rows"]
+    assert rows["mlp"]["scores"]["Depth"]["accuracy"] == 0.5
+    assert rows["pooling"]["scores"]["Depth"]["difference"]["value"] == 0.5
+    table = (tmp_path / "out/table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| pooling | 100.0 [" in table and "chance 50.0" in table
+    head, mlp, pooling = (tmp_path / "out/table.csv").read_text().splitlines()
+    assert len(head.split(",")) == len(mlp.split(",")) == len(pooling.split(","))
+
+
+def test_the_same_call_does_nothing_twice_and_more_rows_and_seeds_are_added(fake, ablate):
+    ablate("--vary", "connector=mlp,pooling")
+    ablate("--vary", "connector=mlp,pooling")
+    assert len(fake.ran) == 4
+    ablate("--vary", "connector=mlp,pooling,linear", "--seeds", "6")
+    assert fake.ran.count("train linear") == 6 and fake.ran.count("train mlp") == 6
+
+
+def test_a_stopped_ablation_goes_on(fake, ablate):
+    fake.killed = "eval mlp"
+    with pytest.raises(KeyboardInterrupt):
+        ablate("--vary", "connector=mlp,pooling")
+    fake.killed = None
+    assert ablate("--vary", "connector=mlp,pooling") == 0
+    assert fake.ran == ["train mlp", "eval mlp", "eval mlp", "train pooling", "eval pooling"]
+
+
+def test_a_failed_row_is_told_in_the_table_and_the_others_go_on(tmp_path, fake, ablate):
+    fake.failing = {"train pooling": "vlm train: the loss became nan at step 3"}
+    assert ablate("--vary", "connector=mlp,pooling,linear") == 1
+    rows = report(tmp_path)["rows"]
+    assert rows["pooling"]["failed"] == {"5": "training: vlm train: the loss became nan at step 3"}
+    assert rows["linear"]["scores"]
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| pooling | failed |" in table and "the loss became nan" in table
+    fake.failing = {}
+    assert ablate("--vary", "connector=mlp,pooling,linear") == 0  # tried again
+    assert fake.ran.count("train pooling") == 2
+
+
+def test_other_questions_are_asked_without_training_again(fake, ablate):
+    ablate("--vary", "connector=mlp,pooling")
+    ablate("--vary", "connector=mlp,pooling", "--max-new-tokens", "9")
+    assert fake.ran[4:] == ["eval mlp", "eval pooling"]
+
+
+def test_dry_run_tells_and_runs_nothing(tmp_path, fake, ablate, capsys):
+    assert ablate("--vary", "connector=mlp,pooling", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "pooling" in out and "tokens/view" in out
+    assert not fake.ran and not (tmp_path / "out").exists()
+
+
+def test_changed_settings_in_the_same_folder_are_refused(fake, ablate, base):
+    ablate("--vary", "connector=mlp,pooling")
+    base["stages"][0]["length_window"] = 1
+    with pytest.raises(UserError, match=r"stages\.0\.length_window = 0, but now it is 1"):
+        ablate("--vary", "connector=mlp,pooling")
+
+
+@pytest.mark.parametrize(
+    ("vary", "sentence"),
+    [
+        ("connector=mlp,poling", "did you mean 'pooling'"),
+        ("connector=mlp,{type: mlp, dept: 2}", "dept"),
+        ("connector=mlp,{type: pixel_shuffle, factor: 3}", "row 'pixel_shuffle"),
+        ("connector=mlp,minigemini", "needs two feature maps"),
+        ("encoder=no-such-preset", "no-such-preset"),
+        ("model.language_model=/nowhere/gone", "gone cannot be read"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_the_first_training(fake, ablate, vary, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ablate("--vary", vary)
+    assert not fake.ran
+
+
+def test_an_order_that_depends_on_the_tokens_is_refused(fake, ablate, base):
+    base["stages"][0]["length_window"] = 4
+    with pytest.raises(UserError, match="length_window is 4"):
+        ablate("--vary", "connector=mlp,pooling")
+
+
+def test_two_at_once_and_foreign_folders_are_refused(tmp_path, fake, ablate):
+    (tmp_path / "out").mkdir()
+    with only_one(tmp_path / "out", "an ablation"), pytest.raises(UserError, match="at work"):
+        ablate("--vary", "connector=mlp,pooling")
+    foreign = tmp_path / "out/runs/mlp/seed5"
+    foreign.mkdir(parents=True)
+    (foreign / "thing").touch()
+    with pytest.raises(UserError, match="was not written by an ablation"):
+        ablate("--vary", "connector=mlp,pooling")

@@ -1,0 +1,86 @@
+"""Do the words of --vary become the rows that a reader expects?"""
+
+import pytest
+
+from eval.ablation.rows import rows_of
+from vlm.errors import UserError
+
+CONNECTOR = "model.connector"
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        (["connector=mlp,kan"], {"mlp": {CONNECTOR: {"type": "mlp"}},
+                                 "kan": {CONNECTOR: {"type": "kan"}}}),
+        (["connector={type: perceiver, num_queries: 16}"],
+         {"perceiver(num_queries=16)": {CONNECTOR: {"type": "perceiver", "num_queries": 16}}}),
+        (["connector=[mlp, {type: partial_lora, rank: 8}]"],
+         {"mlp+partial_lora(rank=8)":
+          {CONNECTOR: [{"type": "mlp"}, {"type": "partial_lora", "rank": 8}]}}),
+        (["encoder=vim-small"], {"vim-small": {"model.vision_encoder": {"preset": "vim-small"}}}),
+        (["encoder.layer=-2,[-3, -4]"], {"layer=-2": {"model.vision_encoder.layer": -2},
+                                        "layer=[-3,-4]": {"model.vision_encoder.layer": [-3, -4]}}),
+        (["stages.align.trainable.connector=1e-3"],
+         {"connector=0.001": {"stages.align.trainable.connector": 1e-3}}),
+        (["connector=mlp", "seed=1,2"], {"mlp, seed=1": {CONNECTOR: {"type": "mlp"}, "seed": 1},
+                                         "mlp, seed=2": {CONNECTOR: {"type": "mlp"}, "seed": 2}}),
+    ],
+)  # fmt: skip
+def test_words_become_rows(words, rows):
+    assert {row.name: dict(row.changes) for row in rows_of(words)} == rows
+
+
+def test_a_folder_of_an_encoder_is_its_source(encoder_folder):
+    (row,) = rows_of([f"encoder={encoder_folder}"])
+    assert row.changes == {"model.vision_encoder": {"source": str(encoder_folder)}}
+    assert row.name == encoder_folder.name
+
+
+def test_a_file_names_its_rows_and_may_change_several_fields(tmp_path):
+    path = tmp_path / "rows.yaml"
+    path.write_text(
+        "one: {connector: [mlp, kan]}\n"
+        "two / b: {connector: {type: minigemini}, encoder.layer: [-3, -4]}\n"
+    )
+    one, two = rows_of([f"@{path}"])
+    assert one.changes == {CONNECTOR: [{"type": "mlp"}, {"type": "kan"}]}
+    assert two.changes == {
+        CONNECTOR: {"type": "minigemini"},
+        "model.vision_encoder.layer": [-3, -4],
+    }
+    assert (two.name, two.folder) == ("two / b", "two-b")
+
+
+def test_several_vary_give_all_combinations():
+    rows = rows_of(["connector=mlp,kan", "seed=1,2,3"])
+    assert len({row.folder for row in rows}) == 6
+    assert [row.name for row in rows][:2] == ["mlp, seed=1", "mlp, seed=2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["connector"], "looks like connector=mlp"),
+        (["connector="], "looks like connector=mlp"),
+        (["connector=[mlp"], "--vary connector: is no YAML"),
+        (["connector=mlp,mlp"], "are the same variant"),
+        (["connector=mlp", "connector=kan"], "two --vary change model.connector"),
+        (["a.depth=1,2", "b.depth=1"], None),
+        (["@gone.yaml"], "gone.yaml: cannot be read"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, sentence):
+    if sentence is None:
+        assert len(rows_of(words)) == 2
+        return
+    with pytest.raises(UserError, match=sentence):
+        rows_of(words)
+
+
+@pytest.mark.parametrize("text", ["[1]", "", "one: mlp", "one: {}"])
+def test_a_file_of_another_form_is_told(tmp_path, text):
+    path = tmp_path / "rows.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"rows\.yaml"):
+        rows_of([f"@{path}"])
