@@ -31,6 +31,7 @@ from connectors.qwen_vl import QwenVLConnector
 from connectors.registry import lookup
 from connectors.sva import SVAConnector
 from connectors.sva_in_llm import SVAInLLMConnector
+from connectors.views import TextSource
 from connectors.visual_expert import VisualExpertConnector
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "build_connector",
     "connector_token_grid",
     "resolve_connector_config",
+    "text_source",
     "view_token_grid",
 ]
 
@@ -169,6 +171,11 @@ def view_token_grid(config: ConnectorChoice, grids: Sequence[tuple[int, int]]) -
     if isinstance(parsed, ChainConfig):
         return parsed.view_token_grid(grids)
     return parsed.token_grid(*grids[0])
+
+
+def text_source(config: ConnectorChoice) -> TextSource | None:
+    """Return how the text is made that the connector reads beside features; None: it does not."""
+    return _parse_any(config)[1].text_source()
 
 
 def resolve_connector_config(config: ConnectorChoice) -> dict[str, Any] | list[dict[str, Any]]:

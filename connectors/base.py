@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from connectors.errors import UserError
 from connectors.fusion import FusionContext, HostShape, LayerSite, LinearSite, Media
 from connectors.key_table import Layout
+from connectors.views import NOTHING_KNOWN, Reading, TextSource, Views
 
 Face = Literal["project", "in_layer", "on_linear"]
 
@@ -35,6 +36,10 @@ class ConnectorConfig:
             UserError: the connector cannot take such a grid.
         """
         return height, width
+
+    def text_source(self) -> TextSource | None:
+        """Return how the text is made that the connector reads; None: it reads none."""
+        return None
 
 
 C = TypeVar("C", bound=ConnectorConfig)
@@ -89,8 +94,13 @@ class Connector(nn.Module, Generic[C]):
         """Map feature maps (T, H, W, D_i) to tokens (T, N, E), row-major over `token_grid`."""
         raise NotImplementedError
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Same as `project`: (T, H, W, D_i) each -> (T, N, E)."""
+    @property
+    def reads(self) -> frozenset[Reading]:
+        """Return what of `Views` the connector wants to know."""
+        return frozenset()
+
+    def forward(self, features: Sequence[Tensor], views: Views = NOTHING_KNOWN) -> Tensor:
+        """Same as `project`, with what the connector `reads` of the views."""
         return self.project(features)
 
     @classmethod
@@ -118,9 +128,11 @@ class Connector(nn.Module, Generic[C]):
         """
         raise NotImplementedError
 
-    def project_and_side(self, features: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def project_and_side(
+        self, features: Sequence[Tensor], views: Views
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         """Return `project` and `side` of one computation, for connectors that fill both faces."""
-        tokens = self(features)
+        tokens = self(features, views)
         return tokens, self.side(features, tokens)
 
     def replace_tokens(self, tokens: Tensor) -> Tensor:

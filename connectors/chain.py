@@ -10,7 +10,7 @@ names: `[{type: mlp, features: [3]}, {type: deepstack, features: [0, 1, 2]}]`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from connectors.base import Connector, ConnectorConfig
 from connectors.errors import UserError
 from connectors.fusion import FusionContext, HostShape, LayerSite, LinearSite, Where
+from connectors.views import NOTHING_KNOWN, Reading, TextSource, Views
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Part:
                 "encoders in vision_encoder"
             )
         return [maps[i] for i in self.features]
+
+    def choose_views(self, views: Views) -> Views:
+        """Return what is known of the views, for the feature maps that this part sees."""
+        return views if views.shown is None else replace(views, shown=self.choose(views.shown))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,10 @@ class ChainConfig(ConnectorConfig):
                     )
         assert grid is not None, "checked above"
         return grid
+
+    def text_source(self) -> TextSource | None:
+        """Return how the text is made that a part reads; one part alone projects."""
+        return next(filter(None, (part.config.text_source() for part in self.parts)), None)
 
 
 class Plugged(NamedTuple):
@@ -166,16 +175,23 @@ class ConnectorChain(Connector[ChainConfig]):
         """Return (rows, columns) of the tokens of one view whose features have these grids."""
         return self.config.view_token_grid(grids)
 
-    def forward(self, features: Sequence[Tensor]) -> Plugged:  # pyright: ignore
+    @property
+    def reads(self) -> frozenset[Reading]:
+        """Return what of `Views` any part wants to know."""
+        return frozenset[Reading]().union(*(part.reads for part in self.parts))
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, features: Sequence[Tensor], views: Views = NOTHING_KNOWN
+    ) -> Plugged:
         """Map feature maps (T, H, W, D_i) to tokens (T, N, E) and to what the layers read."""
         tokens: Tensor | None = None
         sides: dict[int, Sequence[Tensor]] = {}
         for number, (part, spec) in enumerate(zip(self.parts, self.config.parts, strict=True)):
-            chosen = spec.choose(features)
+            chosen, known = spec.choose(features), spec.choose_views(views)
             if "project" in part.faces and part.side_kind != "none":
-                tokens, sides[number] = part.project_and_side(chosen)
+                tokens, sides[number] = part.project_and_side(chosen, known)
             elif "project" in part.faces:
-                tokens = part(chosen)
+                tokens = part(chosen, known)
             elif part.side_kind != "none":
                 sides[number] = part.side(chosen, tokens)
             if part.takes_tokens:

@@ -3,8 +3,9 @@
 Shapes: B batch, L positions, M media tokens of a row, P channels of a head.
 
 Surprises:
-- A softmax over no keys at all is 0 / 0, whose gradient is no number even where its value is not
-  used. Such positions therefore look at everything, and what they saw is put aside afterwards.
+- A softmax over no keys at all is 0 / 0. That torch's kernels make zeros of it is promised nowhere,
+  and a NaN would reach the gradients even of what is not used. Such positions therefore look at
+  everything, and what they saw is put aside afterwards.
 - Without any media (M = 0) queries, keys and values still take part, with gradients of zero, so
   that every rank of a distributed run trains the same parameters. A sum over an empty slice is 0
   whatever the numbers are; 0 * sum is not, should one be infinite.

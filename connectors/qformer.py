@@ -12,7 +12,8 @@ Surprises:
 - The features are normed first (`ln_vision`), which LAVIS counts to the connector, with eps 1e-5.
   transformers counts it to the encoder, with eps 1e-6: for features that come normed from there,
   `vision_norm: false`.
-- The text has the Q-Former's own vocabulary (BERT's), not the language model's.
+- The text has the Q-Former's own vocabulary (BERT's), not the language model's: `tokenizer` names
+  it, and a checkpoint keeps it in `qformer_tokenizer/`. vlm/instructions.py says which text it is.
 
 Follows `lavis/models/blip2_models/blip2_opt.py`, `blip2_vicuna_instruct.py` of salesforce/LAVIS and
 transformers' `modeling_blip_2.py`, `modeling_instructblip.py`.
@@ -28,8 +29,9 @@ from connectors.base import Connector, ConnectorConfig, join_channels
 from connectors.config import check_positive
 from connectors.errors import UserError
 from connectors.key_table import KeyTable, Layout, Unsqueezed
-from connectors.qformer_blocks import QFormer, QFormerSize, TextInput
+from connectors.qformer_blocks import QFormer, QFormerSize
 from connectors.qformer_keys import idle_keys, qformer_keys
+from connectors.views import NOTHING_KNOWN, Reading, TextInput, TextSource, Views
 
 LAVIS_PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
 # What of a checkpoint is the connector's, beside queries and projection: Q-Former, features' norm.
@@ -50,6 +52,7 @@ class QFormerConfig(ConnectorConfig):
     vision_norm: bool = True  # norm the features first
     vision_norm_eps: float = 1e-5
     instruction: bool = False  # InstructBLIP: `project` needs a text
+    tokenizer: str | None = None  # of the text: folder or hub id of BERT's
     vocab_size: int = 30523  # of the text: BERT's 30522 and `[DEC]`
     max_num_positions: int = 512  # longest text
 
@@ -73,6 +76,12 @@ class QFormerConfig(ConnectorConfig):
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Return (1, Q): the tokens are no picture."""
         return 1, self.num_queries
+
+    def text_source(self) -> TextSource | None:
+        """Return how the instructions are tokenised, with `instruction: true`."""
+        if not self.instruction:
+            return None
+        return TextSource(self.tokenizer, self.vocab_size, self.max_num_positions)
 
     def size(self, vision_dim: int) -> QFormerSize:
         """Return the Q-Former's numbers for an encoder of width D."""
@@ -101,9 +110,14 @@ class QFormerConnector(Connector[QFormerConfig]):
         self.qformer = QFormer(config.size(sum(vision_dims)))
         self.projection = nn.Linear(config.hidden_dim, text_dim)
 
-    def forward(self, features: Sequence[Tensor], text: TextInput | None = None) -> Tensor:
-        """Same as `project`."""
-        return self.project(features, text)
+    @property
+    def reads(self) -> frozenset[Reading]:
+        """Return that texts are read, with `instruction: true`."""
+        return frozenset({"text"} if self.config.instruction else ())
+
+    def forward(self, features: Sequence[Tensor], views: Views = NOTHING_KNOWN) -> Tensor:
+        """Same as `project`, with the views' texts."""
+        return self.project(features, views.text)
 
     def project(self, features: Sequence[Tensor], text: TextInput | None = None) -> Tensor:
         """Map feature maps, each (T, H, W, D_i), to tokens (T, Q, E).

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from connectors.attention import attend_in_steps
 from connectors.errors import UserError
 from connectors.float32 import Float32Module
+from connectors.views import TextInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,6 @@ class QFormerSize:
     max_num_positions: int = 512
     # Whether the text's own output is wanted. Without, the last layer does not compute it.
     text_output: bool = False
-
-
-class TextInput(NamedTuple):
-    """A text for each view, in the Q-Former's own (BERT) vocabulary."""
-
-    ids: Tensor  # (T, L), integers
-    mask: Tensor  # (T, L), bool; False where padding stands
 
 
 class QFormerOutput(NamedTuple):

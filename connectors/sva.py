@@ -7,6 +7,8 @@ Each map is projected to V. Every query group lays a grid of queries over the vi
 the window of each map that lies under it, and a context, the mean of the first map. The groups'
 grids are resized to the token grid and joined on channels; an MLP projects them to E.
 Surprises:
+- Where the tiling pads views, queries do not see the padding; a window of padding alone is seen
+  whole. Cambrian-1 also leaves such tokens out of the sequence: `tiling: {type: pad, unpad: true}`.
 - All queries of a group begin as one learned vector: where they are is known from windows alone.
 - All maps are projected through `windows` times the token grid, so encoders whose grids are no
   multiples of it have to be resized (`vision_encoder: {type: several, resize_to: [24, 96]}`).
@@ -28,6 +30,7 @@ from connectors.base import Connector, ConnectorConfig
 from connectors.errors import UserError
 from connectors.sva_blocks import Kind, Masks, Sampler, cut_masks, cut_windows
 from connectors.sva_keys import map_projector_keys, sampler_keys
+from connectors.views import NOTHING_KNOWN, Reading, Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,21 +123,22 @@ class SVAConnector(Connector[SVAConfig]):
 
         Args:
             features: one map per encoder, each `windows` times the token grid.
-            valid: (T, H_i, W_i) bool of each map, False where the view is padding
-                (`sva_blocks.unpadded`); None: the whole view.
+            valid: (T, H_i, W_i) bool of each map, False where the view is padding; None: the whole
+                view.
 
         Raises:
             UserError: the maps' grids do not fit the windows.
         """
-        maps = self.project_maps(features)
-        grid = self.token_grid(*features[0].shape[1:3])
-        strides = self.config.query_strides
-        groups = [self._sample(j, maps, valid, grid) for j in range(len(strides))]
-        return self.projector(torch.cat(groups, dim=-1)).flatten(1, 2)
+        return self.project_from(self.project_maps(features), valid)
 
-    def forward(self, features: Sequence[Tensor], valid: Masks = None) -> Tensor:
-        """Same as `project`."""
-        return self.project(features, valid)
+    @property
+    def reads(self) -> frozenset[Reading]:
+        """Return that queries look past what pads a view."""
+        return frozenset({"padding"})
+
+    def forward(self, features: Sequence[Tensor], views: Views = NOTHING_KNOWN) -> Tensor:
+        """Same as `project`, without what pads the views."""
+        return self.project(features, views.shown)
 
     def project_maps(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the maps (T, H_i, W_i, D_i) as (T, H_i, W_i, V).
@@ -153,6 +157,13 @@ class SVAConnector(Connector[SVAConfig]):
                 "vision_encoder.resize_to"
             )
         return [project(f) for project, f in zip(self.map_projectors, features, strict=True)]
+
+    def project_from(self, maps: Sequence[Tensor], valid: Masks) -> Tensor:
+        """Return tokens (T, N, E) of projected maps; the rest as `project` has it."""
+        height, width = (n // self.windows[0] for n in maps[0].shape[1:3])
+        strides = self.config.query_strides
+        groups = [self._sample(j, maps, valid, (height, width)) for j in range(len(strides))]
+        return self.projector(torch.cat(groups, dim=-1)).flatten(1, 2)
 
     def look(self, maps: Sequence[Tensor], valid: Masks = None, stride: int = 1) -> Seen:
         """Return what queries that stand `stride` tokens apart see of the projected maps.

@@ -37,28 +37,6 @@ def cut_masks(valid: Tensor, side: int) -> Tensor:
     return masks | ~masks.any(-1, keepdim=True)
 
 
-def unpadded(image_sizes: Sequence[tuple[int, int]], height: int, width: int) -> Tensor:
-    """Return where a padded view shows its image, (T, height, width) bool.
-
-    As `unmask_attention_mask` in `cambrian/model/cambrian_arch.py`.
-
-    Args:
-        image_sizes: (width, height) of each view's image before it was padded to a square.
-        height: H of the feature grid.
-        width: W of the feature grid.
-    """
-    views = []
-    for image_width, image_height in image_sizes:
-        top, left = 0, 0
-        if image_width / image_height > width / height:
-            top = (height - int(image_height * (width / image_width))) // 2
-        else:
-            left = (width - int(image_width * (height / image_height))) // 2
-        inside = torch.ones(height - 2 * top, width - 2 * left, dtype=torch.bool)
-        views.append(nn.functional.pad(inside, (left, left, top, top)))
-    return torch.stack(views)
-
-
 class SamplerMLP(nn.Module):
     """Two linear layers without bias, GELU between them."""
 

@@ -25,6 +25,7 @@ from connectors.key_table import Layout
 from connectors.sva import SVAConfig, SVAConnector
 from connectors.sva_blocks import Sampler
 from connectors.sva_keys import sampler_keys
+from connectors.views import Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,22 +86,19 @@ class SVAInLLMConnector(SVAConnector):
             )
         return made
 
-    def project_and_side(self, features: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return tokens (T, N, E), and what each of them sees: a flag, its context, its windows."""
-        maps = self.project_maps(features)
-        tokens = self.project_from(maps, features)
-        seen = self.look(maps)
-        flag = tokens.new_ones(*tokens.shape[:2], 1)
-        return tokens, [
-            flag,
-            *(x.unflatten(0, tokens.shape[:2]) for x in (seen.context, *seen.windows)),
-        ]
+    def project_and_side(
+        self, features: Sequence[Tensor], views: Views
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return tokens (T, N, E), and what each of them sees: a flag, its context, its windows.
 
-    def project_from(self, maps: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-        """Return tokens (T, N, E) of projected maps; `features` give the grid."""
-        grid = self.token_grid(*features[0].shape[1:3])
-        groups = [self._sample(j, maps, None, grid) for j in range(len(self.config.query_strides))]
-        return self.projector(torch.cat(groups, dim=-1)).flatten(1, 2)
+        Where views are padded, the windows' masks follow.
+        """
+        maps = self.project_maps(features)
+        tokens = self.project_from(maps, views.shown)
+        seen = self.look(maps, views.shown)
+        flag = tokens.new_ones(*tokens.shape[:2], 1)
+        parts = (seen.context, *seen.windows, *(seen.masks or ()))
+        return tokens, [flag, *(x.unflatten(0, tokens.shape[:2]) for x in parts)]
 
     def layer_sites(self) -> Sequence[LayerSite]:
         """Return the decoder layers with a sampler after them."""
@@ -123,10 +121,13 @@ class SVAInLLMConnector(SVAConnector):
             side = [hidden.new_zeros(0, n, v) for n in (1, *(s**2 for s in self.windows))]
             side = [hidden.new_zeros(0, 1), *side]
         assert not isinstance(side, Media)
-        made, seen, *windows = (x.to(hidden) for x in side)
+        count = len(self.windows)
+        made, seen, *windows = (x.to(hidden) for x in side[: 2 + count])
+        # The end of a row sees nothing, which is no window a softmax could go over.
+        masks = [x.to(hidden.device) | (made == 0) for x in side[2 + count :]] or None
         flat = hidden.flatten(0, 1)
         queries = flat.index_select(0, rows)
-        found = sampler(queries[:, None], seen, windows)[:, 0]
+        found = sampler(queries[:, None], seen, windows, masks)[:, 0]
         changed = torch.where(made > 0, found, queries)
         return flat.index_copy(0, rows, changed).unflatten(0, hidden.shape[:2])
 

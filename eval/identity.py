@@ -38,17 +38,21 @@ def fingerprint_processor(processor: Any) -> str:
     The vocabulary and its rules, the special tokens, the chat template, the picture settings. Not
     the saved files: they also say how they were loaded ("local_files_only").
     """
-    tokenizer = processor.tokenizer
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("padding", "truncation"):  # of the last call, not of the tokenizer
-        rules.pop(state, None)
     parts = {
-        "rules": rules,
-        "special_tokens": {
-            name: str(value) for name, value in tokenizer.special_tokens_map.items()
-        },
+        **_tokenizer_parts(processor.tokenizer),
         "chat_template": processor.chat_template,
         "images": processor.image_processor.to_dict(),
     }
+    if processor.reads_instructions:
+        parts["instructions"] = _tokenizer_parts(processor.instruction_tokenizer)
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    """Return the vocabulary with its rules, and the special tokens."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("padding", "truncation"):  # of the last call, not of the tokenizer
+        rules.pop(state, None)
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return {"rules": rules, "special_tokens": special}

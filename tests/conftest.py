@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from vlm.caption_tokenizer import count_caption_tokenizer
 from vlm.encoders import VisionEncoder, build_vision_encoder
 from vlm.loading import assemble
 from vlm.modeling import VlmForConditionalGeneration
@@ -145,6 +146,16 @@ def make_model() -> Callable[..., tuple[VlmForConditionalGeneration, VlmProcesso
 def make_image() -> Callable[..., Image.Image]:
     """(width, height, seed) -> an RGB image of noise."""
     return _image
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a WordPiece tokenizer as BERT's, of letters alone: 61 tokens."""
+    folder = tmp_path_factory.mktemp("bert")
+    count_caption_tokenizer(["a quick brown fox jumps over the lazy dog ? ."], 0).save_pretrained(
+        folder
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from connectors import ConnectorChain, acts_inside, build_connector
 from connectors.chain import Plugged
 from connectors.float32 import float32_modules
+from connectors.views import NOTHING_KNOWN, TextInput, Views
 from vlm import fusion_cache, recurrent_lm
 from vlm.configuration import VlmConfig
 from vlm.encoders import build_vision_encoder
@@ -35,6 +36,7 @@ from vlm.mamba_scan import use_scan
 from vlm.state_cache import state_traits
 from vlm.tiling import AnyresTiling, build_tiling
 from vlm.token_layout import images_per_row, lay_out, num_image_tokens
+from vlm.view_facts import describe_views, of_a_blank
 
 
 class VlmPreTrainedModel(PreTrainedModel):
@@ -117,12 +119,15 @@ class VlmModel(VlmPreTrainedModel):
         """Return (h, w), the grid of tokens that the connector makes of one view."""
         return self.connector.view_token_grid(self.vision_tower.grids)
 
-    def get_view_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Encode and project views (T, 3, S, S) to tokens (T, N, E)."""
-        return self._plug(pixel_values).tokens
+    def get_view_tokens(self, pixel_values: Tensor, views: Views = NOTHING_KNOWN) -> Tensor:
+        """Encode and project views (T, 3, S, S), of which `views` tells, to tokens (T, N, E)."""
+        return self._plug(pixel_values, views).tokens
 
     def _plug(
-        self, pixel_values: Tensor | None, vision_features: Sequence[Tensor] | None = None
+        self,
+        pixel_values: Tensor | None,
+        views: Views,
+        vision_features: Sequence[Tensor] | None = None,
     ) -> Plugged:
         """Encode views (T, 3, S, S); return tokens, and what the language model's layers read."""
         if vision_features is None:
@@ -131,11 +136,17 @@ class VlmModel(VlmPreTrainedModel):
             with torch.no_grad() if frozen else nullcontext():
                 vision_features = self.vision_tower(pixel_values.to(_dtype(self.vision_tower)))
         assert vision_features is not None
-        made = self.connector([feature.to(_dtype(self.connector)) for feature in vision_features])
+        features = [feature.to(_dtype(self.connector)) for feature in vision_features]
+        made = self.connector(features, views)
         return made if isinstance(made, Plugged) else Plugged(made, {})
 
     def get_image_features(
-        self, pixel_values: Tensor, tile_grids: Tensor, image_sizes: Tensor
+        self,
+        pixel_values: Tensor,
+        tile_grids: Tensor,
+        image_sizes: Tensor,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
     ) -> list[Tensor]:
         """Return each image's token embeddings, (num_image_tokens, E), in order.
 
@@ -143,10 +154,18 @@ class VlmModel(VlmPreTrainedModel):
             pixel_values: (T, 3, S, S) views of all images, one image after the other.
             tile_grids: (n, 2) rows and columns each image was cut into.
             image_sizes: (n, 2) height and width of each image.
+            qformer_input_ids: (n, L) each image's instruction, where the connector reads it.
+            qformer_attention_mask: (n, L) 0 on padding of these.
         """
         newline = self.image_newline if self.tiling.has_newline else None
-        tokens = self._plug(pixel_values).tokens
+        text = _text(qformer_input_ids, qformer_attention_mask)
+        tokens = self._plug(pixel_values, self._views(tile_grids, image_sizes, text)).tokens
         return self._lay_out(tokens, tile_grids, image_sizes, newline)
+
+    def _views(self, tile_grids: Tensor, image_sizes: Tensor, text: TextInput | None) -> Views:
+        """Return what the connector reads of the views; see `get_image_features`."""
+        reads, grids = self.connector.itself().reads, self.vision_tower.grids
+        return describe_views(reads, self.tiling, tile_grids, image_sizes, grids, text)
 
     def _lay_out(
         self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor, newline: Tensor | None
@@ -200,6 +219,8 @@ class VlmModel(VlmPreTrainedModel):
         tile_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         vision_features: Sequence[Tensor] | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         record_ids: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -224,7 +245,9 @@ class VlmModel(VlmPreTrainedModel):
             is_image = input_ids == self.config.image_token_id  # (B, L)
             counts = self.count_image_tokens(tile_grids, image_sizes)
             per_row = images_per_row(is_image.sum(-1).tolist(), counts, record_ids)
-            tokens, sides = self._plug(pixel_values, vision_features)
+            text = _text(qformer_input_ids, qformer_attention_mask)
+            facts = self._views(tile_grids, image_sizes, text)
+            tokens, sides = self._plug(pixel_values, facts, vision_features)
             newline = self.image_newline if self.tiling.has_newline else None
             features = torch.cat(self._lay_out(tokens, tile_grids, image_sizes, newline))
             features = features.to(inputs_embeds)
@@ -282,7 +305,11 @@ class VlmModel(VlmPreTrainedModel):
         """Return grids and sizes; both may be left out where every image is one view (T, ...)."""
         if tile_grids is not None and image_sizes is not None:
             return tile_grids, image_sizes
-        if self.config.tiling["type"] not in ("resize", "pad"):
+        assert self.config.tiling is not None
+        shape_matters = self.tiling.has_newline or (
+            self.tiling.pads and "padding" in self.connector.itself().reads
+        )
+        if self.config.tiling["type"] not in ("resize", "pad") or shape_matters:
             raise ValueError(
                 f"tiling {self.config.tiling['type']!r} needs tile_grids and image_sizes beside "
                 "pixel_values"
@@ -301,11 +328,19 @@ class VlmModel(VlmPreTrainedModel):
             vision_features = [maps.new_zeros(1, *maps.shape[1:]) for maps in vision_features]
         size = self.vision_tower.image_size
         blank = torch.zeros(1, 3, size, size, device=self.device)
-        tokens, sides = self._plug(blank, vision_features)
+        known = of_a_blank(self.connector.itself().reads, self.device)
+        tokens, sides = self._plug(blank, known, vision_features)
         term = tokens.sum() + sum(x.sum() for side in sides.values() for x in side)
         if self.tiling.has_newline:
             term = term + self.image_newline.sum()
         return term * 0.0
+
+
+def _text(ids: Tensor | None, mask: Tensor | None) -> TextInput | None:
+    """Return ids (n, L) and what is no padding among them; None: there are none."""
+    if ids is None:
+        return None
+    return TextInput(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
 
 
 def _trains(module: nn.Module) -> bool:

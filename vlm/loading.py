@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 import vlm.registration  # noqa: F401 - loading needs the Auto classes to know this model
-from connectors import ConnectorChoice, view_token_grid
+from connectors import ConnectorChoice, text_source, view_token_grid
 from vlm.chat_templates import CHAT_TEMPLATES
 from vlm.configuration import VlmConfig
 from vlm.encoders import load_vision_encoder
@@ -224,7 +224,9 @@ def assemble(
         image_mean=vision_encoder.image_mean,
         image_std=vision_encoder.image_std,
     )
-    processor = VlmProcessor.prepare(tokenizer, image_processor, chat_template)
+    processor = VlmProcessor.prepare(
+        tokenizer, image_processor, chat_template, text_source(connector)
+    )
     model = VlmForConditionalGeneration.from_components(
         vision_encoder,
         connector,

@@ -24,6 +24,7 @@ from vlm.configuration import VlmConfig
 from vlm.encoders import VisionEncoder
 from vlm.errors import UserError
 from vlm.hosts import host_shape, linear_of
+from vlm.instructions import IDS, MASK
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
 from vlm.recurrent_lm import check_state_cache
 from vlm.state_cache import new_cache
@@ -159,10 +160,10 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def get_image_features(
-        self, pixel_values: Tensor, tile_grids: Tensor, image_sizes: Tensor
+        self, pixel_values: Tensor, tile_grids: Tensor, image_sizes: Tensor, **text: Tensor | None
     ) -> list[Tensor]:
         """Return each image's token embeddings; see `VlmModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, tile_grids, image_sizes)
+        return self.model.get_image_features(pixel_values, tile_grids, image_sizes, **text)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., E)."""
@@ -180,6 +181,8 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         tile_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
         vision_features: Sequence[Tensor] | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -199,6 +202,8 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             image_sizes: (n, 2) height and width in pixels per image.
             vision_features: instead of pixel_values, what the frozen vision tower made of the
                 views: a map (T, H, W, D) each; T may be 0. Not for `generate`.
+            qformer_input_ids: (n, L') each image's instruction, where the connector reads it.
+            qformer_attention_mask: (n, L') 0 on padding of these.
             labels: (B, L) ids to predict, -100 elsewhere; unshifted.
             logits_to_keep: how many last positions get logits (0: all), or their indices.
             num_items_in_batch: divides the summed loss; None: the mean of this batch.
@@ -220,6 +225,8 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             tile_grids=tile_grids,
             image_sizes=image_sizes,
             vision_features=vision_features,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
             record_ids=record_ids,
             **kwargs,
         )
@@ -291,7 +298,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeat each row `expand_size` times, its images with it (beams, several replies)."""
-        names = ("pixel_values", "tile_grids", "image_sizes")
+        names = ("pixel_values", "tile_grids", "image_sizes", IDS, MASK)
         images = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
         if images and expand_size > 1:
             assert input_ids is not None, "images come with ids"
@@ -308,6 +315,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         pixel_values: Tensor,
         tile_grids: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        **per_image: Tensor,
     ) -> dict[str, Tensor]:
         """Repeat the images of each row as a block: a plain repeat would mix up the views."""
         parts = self.model
@@ -326,6 +334,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             "pixel_values": torch.cat([blocks[image] for image in order]),
             "tile_grids": tile_grids[order],
             "image_sizes": image_sizes[order],
+            **{name: value[order] for name, value in per_image.items()},
         }
 
 

@@ -4,18 +4,21 @@ Shapes: L sequence, T views, S view size, n images, B batch.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from connectors.views import TextSource
 from vlm.chat_templates import CHAT_TEMPLATES, load
 from vlm.conversations import Message, check_messages, render
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
+from vlm.instructions import FOLDER, IDS, MASK, instructions, join, load_tokenizer, tokenize
 from vlm.tiling import Size
 
 IGNORE = -100  # the label of positions that are not learnt, as torch's cross-entropy has it
@@ -31,10 +34,16 @@ class VlmProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         image_token: str = IMAGE_TOKEN,
+        reads_instructions: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Join the parts; the tokenizer must know the image token already (see `prepare`)."""
+        """Join the parts; the tokenizer must know the image token already (see `prepare`).
+
+        With `reads_instructions`, `instruction_tokenizer` has to be set before the first use.
+        """
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.reads_instructions = reads_instructions
+        self.instruction_tokenizer: PreTrainedTokenizerBase | None = None
         self.image_token = image_token
         image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if not isinstance(image_token_id, int) or image_token_id == tokenizer.unk_token_id:
@@ -47,6 +56,7 @@ class VlmProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         image_processor: VlmImageProcessor,
         chat_template: str | None = None,
+        text_source: TextSource | None = None,
     ) -> "VlmProcessor":
         """Add the tokens that images and the template need to the tokenizer, and join the parts.
 
@@ -54,6 +64,7 @@ class VlmProcessor(ProcessorMixin):
             tokenizer: a fast tokenizer; it is changed.
             image_processor: what cuts and normalises images.
             chat_template: name of one of `CHAT_TEMPLATES`; None keeps the tokenizer's own.
+            text_source: how instructions are tokenised that the connector reads; None: it does not.
 
         Raises:
             UserError: unknown template, no template at all, or a tokenizer without an eos token.
@@ -81,7 +92,31 @@ class VlmProcessor(ProcessorMixin):
         tokenizer.add_special_tokens(
             {"additional_special_tokens": missing}, replace_extra_special_tokens=False
         )
-        return cls(image_processor, tokenizer, chat_template=text)
+        processor = cls(
+            image_processor,
+            tokenizer,
+            chat_template=text,
+            reads_instructions=text_source is not None,
+        )
+        if text_source is not None:
+            processor.instruction_tokenizer = load_tokenizer(text_source)
+        return processor
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save as transformers does, and the instructions' tokenizer in a folder of its own."""
+        if self.instruction_tokenizer is not None:  # first, to be there where all is pushed
+            self.instruction_tokenizer.save_pretrained(Path(save_directory) / FOLDER)
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, and the instructions' tokenizer where they are read."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if processor.reads_instructions:
+            processor.instruction_tokenizer = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=FOLDER, **kwargs
+            )
+        return processor
 
     def encode(
         self,
@@ -103,13 +138,15 @@ class VlmProcessor(ProcessorMixin):
 
         Returns:
             input_ids (L,), attention_mask (L,), labels (L,) if supervised, and, if there are
-            images, pixel_values (T, 3, S, S), tile_grids (n, 2) and image_sizes (n, 2).
+            images, pixel_values (T, 3, S, S), tile_grids (n, 2) and image_sizes (n, 2); where the
+            connector reads instructions, qformer_input_ids and qformer_attention_mask (n, L').
 
         Raises:
             UserError: the conversation cannot be encoded; the message says why, with numbers.
         """
+        checked = check_messages(messages, len(images), self.image_token)
         ids, labels = self._layout(
-            messages, [im.size for im in images], supervise, add_generation_prompt, max_length
+            checked, [im.size for im in images], supervise, add_generation_prompt, max_length
         )
         encoded = {
             "input_ids": torch.from_numpy(ids),
@@ -119,6 +156,7 @@ class VlmProcessor(ProcessorMixin):
             encoded["labels"] = torch.from_numpy(labels)
         if len(images):
             encoded.update(self.image_processor(images))
+            encoded.update(self._instructions(instructions(checked)))
         return encoded
 
     def num_tokens(self, messages: Sequence[Message], sizes: Sequence[Size]) -> int:
@@ -131,18 +169,18 @@ class VlmProcessor(ProcessorMixin):
         Raises:
             UserError: the conversation cannot be encoded.
         """
-        return len(self._layout(messages, sizes, supervise=True)[0])
+        checked = check_messages(messages, len(sizes), self.image_token)
+        return len(self._layout(checked, sizes, supervise=True)[0])
 
     def _layout(
         self,
-        messages: Sequence[Message],
+        checked: Sequence[dict[str, Any]],
         sizes: Sequence[Size],
         supervise: bool = False,
         add_generation_prompt: bool = False,
         max_length: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Return ids (L,) with image tokens repeated, and labels (L,) if supervised."""
-        checked = check_messages(messages, len(sizes), self.image_token)
         template = self.chat_template or ""
         assert isinstance(template, str), "one template, not several by name"
         rendered = render(
@@ -182,6 +220,13 @@ class VlmProcessor(ProcessorMixin):
         learnt = _tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image
         return np.repeat(ids, repeats), np.repeat(np.where(learnt, ids, IGNORE), repeats)
 
+    def _instructions(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return images' instructions as the connector reads them; nothing if it does not."""
+        if not self.reads_instructions:
+            return {}
+        assert self.instruction_tokenizer is not None, "see __init__"
+        return tokenize(self.instruction_tokenizer, texts)
+
     def collate(
         self, encoded: Sequence[Mapping[str, Tensor]], padding_side: Literal["left", "right"]
     ) -> dict[str, Tensor]:
@@ -205,6 +250,10 @@ class VlmProcessor(ProcessorMixin):
             present = [row[key] for row in encoded if key in row]
             if present:
                 batch[key] = torch.cat(present)
+        asked = [row for row in encoded if IDS in row]
+        if asked:
+            assert self.instruction_tokenizer is not None, "see __init__"
+            batch.update(join(self.instruction_tokenizer, asked))
         return batch
 
     def decode_reply(self, new_ids: Tensor) -> str:
@@ -215,12 +264,21 @@ class VlmProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | list[str] | None = None,
+        instructions: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenise text whose image tokens stand for `images`: transformers' own interface.
 
+        Args:
+            images: as transformers has them.
+            text: prompts.
+            instructions: one for each image, where the connector reads them: which part of a prompt
+                the user wrote cannot be told any more.
+            **kwargs: to tokenizer and image processor.
+
         Raises:
-            UserError: another number of image tokens in the text than of images.
+            UserError: another number of image tokens in the text than of images, or of
+                instructions.
         """
         if images is None or text is None:
             return super().__call__(images=images, text=text, **kwargs)
@@ -229,8 +287,18 @@ class VlmProcessor(ProcessorMixin):
         counts = [item.count(self.image_token) for item in texts]
         if sum(counts) != len(flat):
             raise UserError(f"the text has {sum(counts)} image tokens, but {len(flat)} images")
+        asked = list(instructions or ())
+        if len(asked) != len(flat) * self.reads_instructions:
+            raise UserError(
+                f"the connector reads the instruction of each image: {len(flat)} images, but "
+                f"{len(asked)} instructions are given"
+                if self.reads_instructions
+                else "the connector reads no instructions; leave them out"
+            )
         images_kwargs: Any = {**kwargs.pop("images_kwargs", {}), "num_images": counts}
-        return super().__call__(images=flat, text=texts, images_kwargs=images_kwargs, **kwargs)
+        made = super().__call__(images=flat, text=texts, images_kwargs=images_kwargs, **kwargs)
+        made.update(self._instructions(asked) if flat else {})
+        return made
 
     def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:
         """Return the image tokens of one image; transformers' hook for `__call__`."""
@@ -241,7 +309,8 @@ class VlmProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of what the model takes from this processor."""
-        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+        own = [IDS, MASK] if self.reads_instructions else []
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, *own]
 
 
 def _tokens_in_spans(

@@ -16,8 +16,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from vlm.tiles_view import TilesView
-from vlm.tiling import AnyresTiling, fit_inside
-from vlm.token_layout import lay_out, shrunk_size, unpadded_box
+from vlm.tiling import fit_inside
+from vlm.token_layout import lay_out, mosaic_size
 
 INK, FADED, ACCENT, PAPER = "#1d2733", "#c9d0d8", "#e4572e", "#ffffff"
 NEWLINE = (0.894, 0.341, 0.180)  # ACCENT
@@ -54,7 +54,7 @@ def draw_tiles(axes: Axes, view: TilesView) -> None:
     side = view.view_size
     canvas = width, height = plan.cols * side, plan.rows * side
     scaled, title = canvas, "the image stretched to its tiles, numbered in order"
-    if view.tiling_name in ("anyres", "pad"):
+    if view.tiling.pads:
         scaled, title = (
             fit_inside(view.image.size, canvas),
             "the image on its tiles; hatched: padding",
@@ -88,14 +88,14 @@ def token_blocks(view: TilesView, views: Sequence[Image.Image]) -> list[np.ndarr
     sequence = lay_out(
         tokens, view.image.size, view.tiling, view.view_size, view.token_grid, newline
     ).numpy()
-    whole = sequence[: height * width].reshape(height, width, 3)
-    if not isinstance(view.tiling, AnyresTiling):
+    if not view.tiling.is_mosaic:
         return list(sequence.reshape(-1, height, width, 3))
     plan = view.tiling.plan(*view.image.size, view.view_size)
-    box = unpadded_box(view.image.size, plan.grid, view.token_grid, view.tiling.unpad)
-    rows, cols = shrunk_size(box[2:], view.token_grid, view.tiling.max_tiles)
-    rest = sequence[height * width :]
-    return [whole, rest.reshape(rows, cols + view.tiling.has_newline, 3)] if rows else [whole]
+    rows, cols = mosaic_size(view.image.size, view.tiling, plan.grid, view.token_grid)
+    count = height * width if plan.whole == "first" else 0
+    whole, rest = sequence[:count].reshape(-1, height, width, 3), sequence[count:]
+    picture = [rest.reshape(rows, cols + view.tiling.has_newline, 3)] if rows else []
+    return [*whole, *picture]
 
 
 def draw_tokens(axes: Axes, view: TilesView, views: Sequence[Image.Image]) -> None:
@@ -118,15 +118,14 @@ def describe_tokens(view: TilesView, blocks: Sequence[np.ndarray]) -> str:
     """Return the arithmetic of the count."""
     height, width = view.token_grid
     total = sum(block.shape[0] * block.shape[1] for block in blocks)
-    if not isinstance(view.tiling, AnyresTiling):
+    if not view.tiling.is_mosaic:
         return f"tokens: {len(blocks)} x {height} x {width} = {total}"
-    rows, cols = blocks[1].shape[:2] if len(blocks) > 1 else (0, 1)
+    plan = view.tiling.plan(*view.image.size, view.view_size)
+    whole = f"{height} x {width} + " if plan.whole == "first" else ""
+    rows, cols = mosaic_size(view.image.size, view.tiling, plan.grid, view.token_grid)
     if not view.tiling.has_newline:
-        return f"tokens: {height} x {width} + {rows} x {cols} = {total}"
-    return (
-        f"tokens: {height} x {width} + {rows} rows of ({cols - 1} + 1 newline) = {total}; "
-        "newlines orange"
-    )
+        return f"tokens: {whole}{rows} x {cols} = {total}"
+    return f"tokens: {whole}{rows} rows of ({cols} + 1 newline) = {total}; newlines orange"
 
 
 def draw_views(axes: Sequence[Axes], views: Sequence[Image.Image], whole: str) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
@@ -49,7 +49,18 @@ class ViewPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Base of all tilings: pure functions of the image's size. Here: one view, one tile."""
+    """Base of all tilings: pure functions of the image's size. Here: one view, one tile.
+
+    Attributes:
+        pads: whether the image is put on a canvas of the tiles' shape, not stretched to it.
+    """
+
+    pads: ClassVar[bool] = False
+
+    @property
+    def is_mosaic(self) -> bool:
+        """Whether the tiles' tokens are laid out row by row of the whole picture."""
+        return False
 
     @property
     def has_newline(self) -> bool:
@@ -84,7 +95,25 @@ class ResizeTiling(Tiling):
 
 @dataclass(frozen=True, kw_only=True)
 class PadTiling(Tiling):
-    """One view: the whole image on a square of the mean colour (LLaVA-1.5's `expand2square`)."""
+    """One view: the whole image on a square of the mean colour (LLaVA-1.5's `expand2square`).
+
+    With `unpad`, rows and columns of tokens that saw only padding are left out, and each row ends
+    in a newline, as Cambrian-1 has it.
+    """
+
+    unpad: bool = False
+
+    pads: ClassVar[bool] = True
+
+    @property
+    def is_mosaic(self) -> bool:
+        """Whether the tile's tokens are laid out row by row."""
+        return self.unpad
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether rows of tokens end in a learned newline, which the model then owns."""
+        return self.unpad
 
     def split(
         self, image: Image.Image, view_size: int, mean_color: Color, num_images: int = 1
@@ -112,11 +141,18 @@ class AnyresTiling(Tiling):
     # What several images in one conversation get: tiles each, or one padded view each.
     multi_image: Literal["tile", "single_view"] = "tile"
 
+    pads: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not self.candidates() or any(min(grid) < 1 for grid in self.candidates()):
             raise UserError(f"tiling 'anyres': grids must be pairs of at least 1, not {self.grids}")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise UserError(f"tiling 'anyres': max_tiles must be at least 1, not {self.max_tiles}")
+
+    @property
+    def is_mosaic(self) -> bool:
+        """Whether the tiles' tokens are laid out row by row of the whole picture."""
+        return True
 
     @property
     def has_newline(self) -> bool:

@@ -5,6 +5,7 @@ Shapes: T views, (h, w) tokens per view as a grid, N = h * w, E language-model w
 Tilings without a mosaic put view after view. The mosaic of `anyres` (LLaVA-NeXT, "spatial_unpad"):
 the whole image's N tokens first, then the tiles as one picture of (rows * h, cols * w) tokens, cut
 to the part that saw the image, shrunk if it exceeds anyres_max_N, each row closed by a newline.
+That of `pad` with `unpad` (Cambrian-1) is its one view as such a picture.
 """
 
 import math
@@ -39,13 +40,13 @@ def num_image_tokens(
     """
     plan = tiling.plan(*image_size, view_size) if grid is None else tiling.plan_of_grid(grid)
     height, width = view_token_grid
-    if not isinstance(tiling, AnyresTiling):
+    if not tiling.is_mosaic:
         return plan.num_views * height * width
+    whole = height * width if plan.whole == "first" else 0
     if plan.grid == (0, 0):
-        return height * width + tiling.unpad
-    _, _, rows, cols = unpadded_box(image_size, plan.grid, view_token_grid, tiling.unpad)
-    rows, cols = shrunk_size((rows, cols), view_token_grid, tiling.max_tiles)
-    return height * width + rows * (cols + tiling.unpad)
+        return whole + tiling.has_newline
+    rows, cols = mosaic_size(image_size, tiling, plan.grid, view_token_grid)
+    return whole + rows * (cols + tiling.has_newline)
 
 
 def lay_out(
@@ -70,11 +71,12 @@ def lay_out(
     """
     plan = tiling.plan(*image_size, view_size) if grid is None else tiling.plan_of_grid(grid)
     assert len(view_tokens) == plan.num_views, (view_tokens.shape, plan)
-    if not isinstance(tiling, AnyresTiling):
+    if not tiling.is_mosaic:
         return view_tokens.flatten(0, 1)
-    whole, tiles = view_tokens[0], view_tokens[1:]
+    count = 1 if plan.whole == "first" else 0
+    whole, tiles = view_tokens[:count].flatten(0, 1), view_tokens[count:]
     row_end = None
-    if tiling.unpad:
+    if tiling.has_newline:
         assert newline is not None, "a tiling that unpads needs the newline embedding"
         row_end = newline.to(view_tokens)
     if plan.grid == (0, 0):
@@ -83,11 +85,9 @@ def lay_out(
     (rows, cols), (height, width) = plan.grid, view_token_grid
     picture = tiles.unflatten(0, (rows, cols)).unflatten(2, (height, width))
     picture = picture.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # (rows h, cols w, E)
-    top, left, kept_rows, kept_cols = unpadded_box(
-        image_size, plan.grid, view_token_grid, tiling.unpad
-    )
+    top, left, kept_rows, kept_cols = _mosaic_box(image_size, tiling, plan.grid, view_token_grid)
     picture = picture[top : top + kept_rows, left : left + kept_cols]
-    target = shrunk_size((kept_rows, kept_cols), view_token_grid, tiling.max_tiles)
+    target = mosaic_size(image_size, tiling, plan.grid, view_token_grid)
     if target != (kept_rows, kept_cols):
         channels_first = picture.permute(2, 0, 1)[None]
         shrunk = F.interpolate(channels_first, target, mode="bilinear")
@@ -98,24 +98,72 @@ def lay_out(
     return torch.cat([whole, picture.flatten(0, 1)])
 
 
+def mosaic_size(image_size: Size, tiling: Tiling, grid: Size, view_token_grid: Size) -> Size:
+    """Return (rows, cols) of the tokens of a mosaic, newlines not counted.
+
+    Args:
+        image_size: (width, height) in pixels.
+        tiling: one with a mosaic.
+        grid: (rows, cols) the image was cut into.
+        view_token_grid: (h, w) tokens of one view.
+    """
+    _, _, rows, cols = _mosaic_box(image_size, tiling, grid, view_token_grid)
+    max_tiles = tiling.max_tiles if isinstance(tiling, AnyresTiling) else None
+    return shrunk_size((rows, cols), view_token_grid, max_tiles)
+
+
+def shown_parts(image_size: Size, tiling: Tiling, grid: Size, feature_grid: Size) -> Tensor:
+    """Return where an image's views show it, (T, H, W) bool; False on what pads it.
+
+    As `unmask_attention_mask` in `cambrian/model/cambrian_arch.py`, but for the rounding.
+
+    Args:
+        image_size: (width, height) in pixels.
+        tiling: how the image was cut.
+        grid: (rows, cols) it was cut into.
+        feature_grid: (H, W) of a view.
+    """
+    height, width = feature_grid
+    plan = tiling.plan_of_grid(grid)
+    whole = torch.ones(1, height, width, dtype=torch.bool)
+    if not tiling.pads:
+        return whole.expand(plan.num_views, -1, -1)
+    rows, cols = (1, 1) if grid == (0, 0) else grid
+    top, left, kept_rows, kept_cols = unpadded_box(image_size, (rows, cols), feature_grid, True)
+    picture = torch.zeros(rows * height, cols * width, dtype=torch.bool)
+    picture[top : top + kept_rows, left : left + kept_cols] = True
+    tiles = picture.reshape(rows, height, cols, width).transpose(1, 2).flatten(0, 1)
+    # With tiles, the whole image is stretched.
+    return tiles if len(tiles) == plan.num_views else torch.cat([whole, tiles])
+
+
+def _mosaic_box(
+    image_size: Size, tiling: Tiling, grid: Size, view_token_grid: Size
+) -> tuple[int, int, int, int]:
+    """Return `unpadded_box` of a mosaic; something is left of an image that has nothing else."""
+    least = 1 if tiling.plan_of_grid(grid).whole == "none" else 0
+    return unpadded_box(image_size, grid, view_token_grid, tiling.has_newline, least)
+
+
 def unpadded_box(
-    image_size: Size, grid: Size, view_token_grid: Size, unpad: bool
+    image_size: Size, grid: Size, view_token_grid: Size, unpad: bool, least: int = 0
 ) -> tuple[int, int, int, int]:
     """Return (top, left, rows, cols) of the mosaic's tokens that saw the image, not its padding.
 
-    Removal is symmetric, so an odd remainder leaves one padded row in. The rounding to 7 digits is
-    transformers' (`unpad_image` of its modeling_llava_next); LLaVA-NeXT truncates instead, and a
-    176x55 image on 2 columns of 24 tokens gets 14 rows there and 16 here.
+    At least `least` rows and columns. Removal is symmetric, so an odd remainder leaves one padded
+    row in. The rounding to 7 digits is transformers' (`unpad_image` of its modeling_llava_next);
+    LLaVA-NeXT truncates instead, and a 176x55 image on 2 columns of 24 tokens gets 14 rows there
+    and 16 here.
     """
     width, height = image_size
     total_rows, total_cols = grid[0] * view_token_grid[0], grid[1] * view_token_grid[1]
     if not unpad:
         return 0, 0, total_rows, total_cols
     if width / height > total_cols / total_rows:
-        kept = int(round(height * (total_cols / width), 7))
+        kept = max(least, int(round(height * (total_cols / width), 7)))
         top = (total_rows - kept) // 2
         return top, 0, total_rows - 2 * top, total_cols
-    kept = int(round(width * (total_rows / height), 7))
+    kept = max(least, int(round(width * (total_rows / height), 7)))
     left = (total_cols - kept) // 2
     return 0, left, total_rows, total_cols - 2 * left
 

@@ -16,7 +16,7 @@ from connectors import (
 from connectors.errors import UserError
 from connectors.key_table import our_names
 from connectors.qformer import QFormerConfig
-from connectors.qformer_blocks import TextInput
+from connectors.views import TextInput, Views
 
 VISION_DIMS, TEXT_DIM = (6, 10), 16
 GRIDS = [(4, 4), (4, 6), (2, 8)]
@@ -58,7 +58,7 @@ def ready(connector):
 
         def add_text(_, inputs):
             ids = torch.arange(5).expand(len(inputs[0][0]), -1)
-            return *inputs, TextInput(ids, ids < 4)
+            return *inputs, Views(text=TextInput(ids, ids < 4))
 
         connector.register_forward_pre_hook(add_text)
     return connector.eval()

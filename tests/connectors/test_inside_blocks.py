@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,6 +221,30 @@ def test_uniform_is_the_mean_of_all_values():
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     found = attend_media(query, key, value, 2, mask, "uniform")
     torch.testing.assert_close(found, value.mean(1, keepdim=True).expand_as(found))
+
+
+def test_no_softmax_goes_over_nothing(monkeypatch):
+    def attention(query, key, value, mask, *args, **kwargs):
+        assert key.shape[2] and mask.any(-1).all()
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    x, media, mask = inputs()
+    assert not mask.any(-1).all()
+    for make in BLOCKS:
+        make()(x, media, mask)
+        make()(x, media[:, :0], mask[..., :0])
+
+
+@pytest.mark.parametrize("unseen", ["zero", "uniform"])
+def test_without_any_media_nothing_is_found(unseen):
+    query, media = torch.randn(1, 4, 6, requires_grad=True), torch.randn(2, 1, 0, 6)
+    media.requires_grad_()
+    mask = torch.zeros(1, 4, 0, dtype=torch.bool)
+    found = attend_media(query, *media, 2, mask, unseen)
+    assert torch.equal(found, torch.zeros(1, 4, 6))
+    found.sum().backward()
+    assert query.grad.eq(0).all() and media.grad is not None
 
 
 def test_positions_begin_as_zeros_and_take_any_grid():

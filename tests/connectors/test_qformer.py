@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel
 from connectors import build_connector
 from connectors.checkpoint_keys import from_published, to_published
 from connectors.errors import UserError
-from connectors.qformer_blocks import QFormer, QFormerSize, TextInput
+from connectors.qformer_blocks import QFormer, QFormerSize
 from connectors.qformer_keys import start_from_bert
 from connectors.qformer_losses import (
     Pairs,
@@ -21,6 +21,7 @@ from connectors.qformer_losses import (
     similarities,
 )
 from connectors.qformer_stage1 import QFormerStage1, stage1_keys
+from connectors.views import TextInput, Views
 
 SIZES = {"hidden_dim": 16, "num_layers": 3, "num_heads": 4, "feed_forward_dim": 24}
 SIZES |= {"num_queries": 5, "vocab_size": 30, "max_num_positions": 6, "dropout": 0.0}
@@ -50,24 +51,26 @@ def test_weights_stay_in_float32_in_a_half_precision_model():
 def test_text_changes_the_tokens_and_padding_does_not():
     connector = make(instruction=True)
     maps = [torch.randn(2, 3, 3, 10)]
-    tokens = connector(maps, TEXT)
+    tokens = connector.project(maps, TEXT)
     changed = TEXT.ids.clone()
     changed[1, 3:] = 29
-    torch.testing.assert_close(connector(maps, TextInput(changed, TEXT.mask)), tokens)
+    torch.testing.assert_close(connector.project(maps, TextInput(changed, TEXT.mask)), tokens)
     changed[:, 1] = 28
-    assert (connector(maps, TextInput(changed, TEXT.mask)) - tokens).abs().amin(0).max() > 1e-4
+    assert (connector.project(maps, TextInput(changed, TEXT.mask)) - tokens).abs().amin(
+        0
+    ).max() > 1e-4
 
 
 @pytest.mark.parametrize(("instruction", "text"), [(True, None), (False, TEXT)])
 def test_text_where_none_is_read_and_the_reverse(instruction, text):
     with pytest.raises(UserError, match="instruction: true"):
-        make(instruction=instruction)([torch.randn(2, 3, 3, 10)], text)
+        make(instruction=instruction).project([torch.randn(2, 3, 3, 10)], text)
 
 
 def test_text_longer_than_the_positions_is_refused():
     ids = torch.zeros(1, 7, dtype=torch.long)
     with pytest.raises(UserError, match="takes texts of 6 tokens, but one has 7"):
-        make(instruction=True)([torch.randn(1, 3, 3, 10)], TextInput(ids, ids == 0))
+        make(instruction=True).project([torch.randn(1, 3, 3, 10)], TextInput(ids, ids == 0))
 
 
 @pytest.mark.parametrize("instruction", [False, True])
@@ -235,7 +238,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for run in (connector, lambda *inputs: checkpoint(connector, *inputs, use_reentrant=False)):
         connector.zero_grad()
-        run([maps], TEXT).pow(2).sum().backward()
+        run([maps], Views(text=TEXT)).pow(2).sum().backward()
         gradients.append({n: p.grad.clone() for n, p in connector.named_parameters()})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 

@@ -14,7 +14,7 @@ from transformers.models.instructblip.modeling_instructblip import InstructBlipQ
 
 from connectors import build_connector
 from connectors.checkpoint_keys import from_published, translate
-from connectors.qformer_blocks import TextInput
+from connectors.views import TextInput, Views
 
 LIBRARY = {"hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 3}
 LIBRARY |= {"intermediate_size": 40, "encoder_hidden_size": 10, "vocab_size": 33}
@@ -90,8 +90,8 @@ def test_instructblip():
         ).last_hidden_state[:, :7]
 
     x = torch.randn(3, 8, 10).double()
-    text = TextInput(ids, mask)
-    compare(lambda x: connector.double()([x.unflatten(1, (2, 4))], text), theirs, x)
+    views = Views(text=TextInput(ids, mask))
+    compare(lambda x: connector.double()([x.unflatten(1, (2, 4))], views), theirs, x)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -5,16 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from connectors import build_connector, connector_token_grid
 from connectors.checkpoint_keys import from_published, to_published
 from connectors.errors import UserError
-from connectors.sva_blocks import Sampler, SamplerLayer, cut_masks, cut_windows, unpadded
+from connectors.fusion import FusionContext, LayerSite
+from connectors.sva_blocks import Sampler, SamplerLayer, cut_masks, cut_windows
+from connectors.sva_in_llm import SVAInLLMConfig, SVAInLLMConnector
 from connectors.sva_keys import sampler_keys
+from connectors.views import Views
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 VALUES, GRADIENTS = {"rtol": 0, "atol": 2e-5}, {"rtol": 0, "atol": 1e-4}
-SIZES = [(100, 50), (60, 60)]  # width and height of the two images of `sva_connector_e2e`
+
+
+def shown(side, *heights):
+    """(T, side, side): each view shows its image on so many rows in the middle."""
+    rows = torch.arange(side) - side / 2 + 0.5
+    return torch.stack([(rows.abs() < height / 2)[:, None].expand(-1, side) for height in heights])
 
 
 def golden(name):
@@ -60,7 +69,7 @@ def cambrian():
     connector.load_state_dict(from_published(connector, under(tensors, "param.")))
     maps = [tensors["tower_features_0"].unflatten(1, (4, 4))]
     maps += [tensors["tower_features_1"].unflatten(1, (8, 8))]
-    valid = [unpadded(SIZES, 4, 4), unpadded(SIZES, 8, 8)]
+    valid = [shown(4, 2, 4), shown(8, 4, 8)]  # images of 100 x 50 and 60 x 60 pixels
     return connector, tensors, maps, valid
 
 
@@ -77,7 +86,7 @@ def sequence(tokens, tensors, image):
 def test_the_connector_gives_cambrians_numbers():
     connector, tensors, maps, valid = cambrian()
     maps = [m.clone().requires_grad_() for m in maps]
-    tokens = connector(maps, valid)
+    tokens = connector.project(maps, valid)
     loss = torch.zeros(())
     for image in range(2):
         where, embeddings = sequence(tokens, tensors, image)
@@ -121,16 +130,6 @@ def test_a_layer_for_the_language_model_has_its_width_outside():
     assert torch.equal(layer(hidden, torch.randn(6, 1, 16), windows), hidden)  # a residual
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "rows", "columns"),
-    [(100, 50, (2, 6), (0, 8)), (50, 100, (0, 8), (2, 6)), (100, 90, (0, 8), (0, 8))],
-)
-def test_padding_is_found(width, height, rows, columns):
-    expected = torch.zeros(1, 8, 8, dtype=torch.bool)
-    expected[:, slice(*rows), slice(*columns)] = True
-    assert torch.equal(unpadded([(width, height)], 8, 8), expected)
-
-
 def test_a_window_of_padding_alone_is_seen_whole():
     valid = torch.zeros(1, 4, 4, dtype=torch.bool)
     valid[0, 0, :3] = True
@@ -144,11 +143,52 @@ def test_a_window_of_padding_alone_is_seen_whole():
 def test_padding_moves_no_token_but_through_the_context():
     connector = small(windows=[1, 4])
     maps = [torch.randn(1, 2, 2, 5), torch.randn(1, 8, 8, 7)]
-    valid = [unpadded([(4, 2)], 2, 2), unpadded([(4, 2)], 8, 8)]
+    valid = [shown(2, 2), shown(8, 4)]
     assert not valid[1][0, 0].any() and valid[0].all()
     noisy = [maps[0], torch.where(valid[1][..., None], maps[1], torch.randn(1, 8, 8, 7))]
-    assert torch.equal(connector(maps, valid), connector(noisy, valid))
+    assert torch.equal(connector.project(maps, valid), connector.project(noisy, valid))
     assert not torch.allclose(connector(maps), connector(noisy))
+
+
+def test_in_a_chain_each_part_has_the_padding_of_its_own_maps():
+    part = {"type": "sva", "windows": [4], "hidden_dim": 16, "num_heads": 4, "features": [1]}
+    torch.manual_seed(0)
+    chain = build_connector([part], [5, 7], 12)
+    maps = [torch.randn(1, 2, 2, 5), torch.randn(1, 8, 8, 7)]
+    valid = [shown(2, 2), shown(8, 4)]
+    expected = chain.parts[0].project(maps[1:], valid[1:])
+    assert chain.reads == {"padding"}
+    assert torch.equal(chain(maps, Views(shown=valid)).tokens, expected)
+    assert not torch.allclose(chain(maps).tokens, expected)
+
+
+def test_inside_the_language_model_padding_is_not_seen_either(monkeypatch):
+    config = {"windows": [1, 4], "hidden_dim": 16, "num_heads": 4, "depth": 1, "num_samplers": 1}
+    connector = SVAInLLMConnector(SVAInLLMConfig(**config), [5, 7], 12)
+    maps = [torch.randn(1, 2, 2, 5), torch.randn(1, 8, 8, 7)]
+    valid = [shown(2, 2), shown(8, 4)]
+    noisy = [maps[0], torch.where(valid[1][..., None], maps[1], torch.randn(1, 8, 8, 7))]
+    hidden = torch.randn(1, 6, 12)
+    images = torch.tensor([[-1, 0, 0, 0, 0, 0]])
+
+    def after(maps, views):
+        _, side = connector.project_and_side(maps, views)
+        ended = [torch.cat([x[0], torch.zeros_like(x[0, :1])]) for x in side]  # the end of a row
+        context = FusionContext(images, images, images, torch.arange(1, 6), {0: ended}, False)
+        return connector.layer_apply(LayerSite(0, "after"), hidden, context, ended)
+
+    attention = F.scaled_dot_product_attention
+
+    def strict(query, key, value, mask, *args, **kwargs):
+        assert mask is None or mask.any(-1).all()  # a softmax over nothing
+        return attention(query, key, value, mask, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", strict)
+    padded = Views(shown=valid)
+    out = after(maps, padded)
+    assert torch.equal(out, after(noisy, padded))
+    assert not torch.allclose(after(maps, Views()), after(noisy, Views()))
+    assert torch.equal(out[:, [0, 5]], hidden[:, [0, 5]])
 
 
 def test_a_token_sees_its_own_windows():

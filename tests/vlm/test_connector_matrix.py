@@ -23,6 +23,17 @@ HIGH_RESOLUTION = {
     "inner_dim": 8,
     "position_side": 4,
 }
+INSTRUCTBLIP = {
+    "type": "qformer",
+    "instruction": True,
+    "num_queries": 3,
+    "hidden_dim": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "feed_forward_dim": 8,
+    "vocab_size": 61,
+    "dropout": 0.0,
+}
 SVA = {
     "type": "sva_in_llm",
     "hidden_dim": 8,
@@ -41,22 +52,29 @@ CHAINS = {
     "visual_expert": [{"type": "mlp"}, {"type": "visual_expert"}],
     "cogagent": [{"type": "mlp"}, HIGH_RESOLUTION],
     "sva": SVA,
+    "cambrian": {**SVA, "query_strides": [1, 2]},
+    "instructblip": INSTRUCTBLIP,
     "everything": [{"type": "mlp"}, LORA, HIGH_RESOLUTION, {"type": "deepstack"}],
 }
+TILINGS = {"cambrian": {"type": "pad", "unpad": True}}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
 @pytest.fixture(params=CHAINS)
 def chain(request):
-    return CHAINS[request.param]
+    return request.param
 
 
 @pytest.fixture
-def make(make_model):
+def make(make_model, bert_tokenizer_folder):
     """(chain, **options) -> (model, processor), the connector's zeros and gates filled."""
 
     def build(chain, **options):
-        model, processor = make_model(connector=chain, **options)
+        connector = CHAINS[chain]
+        if connector == INSTRUCTBLIP:
+            connector = {**connector, "tokenizer": str(bert_tokenizer_folder)}
+        options = {"tiling": TILINGS.get(chain), **options}
+        model, processor = make_model(connector=connector, **options)
         torch.manual_seed(3)
         for parameter in model.model.connector.parameters():
             std = 0.5 if parameter.abs().sum() == 0 else 0.05
@@ -123,20 +141,18 @@ def test_packed_documents_do_not_see_each_other(chain, make, rows) -> None:
     model, processor = make(chain)
     separate = [without_labels(row) for row in rows(processor)]
     separate = [separate[0], separate[2], separate[1]]  # the text comes after documents with images
-    packed = {
-        key: torch.cat([row[key] for row in separate if key in row])
-        for key in ("pixel_values", "tile_grids", "image_sizes")
-    }
+    packed = processor.collate(separate, "right")
     packed["input_ids"] = torch.cat([row["input_ids"] for row in separate])[None]
     lengths = [len(row["input_ids"]) for row in separate]
     packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     alone = [model(**processor.collate([row], "right")).logits[0] for row in separate]
-    logits = model(**packed, attention_mask=torch.ones_like(packed["input_ids"])).logits[0]
+    packed["attention_mask"] = torch.ones_like(packed["input_ids"])
+    logits = model(**packed).logits[0]
     torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_training_steps_reach_every_weight_with_and_without_images(chain, make, rows) -> None:
-    model, processor = make(chain, tiling={"type": "anyres"})
+    model, processor = make(chain, tiling=TILINGS.get(chain, {"type": "anyres"}))
     model.train()
     encoded = rows(processor)
     found = []

@@ -31,6 +31,7 @@ def options(*words: str) -> argparse.Namespace:
     [
         (["--tiling", "resize"], "1 view of 336 pixels, 576 tokens"),
         (["--tiling", "pad", "--connector", "pixel_shuffle"], "1 view of 336 pixels, 144 tokens"),
+        (["--tiling", "pad", "--option", "unpad=true"], "1 view of 336 pixels, 450 tokens"),
         (["--tiling", "anyres"], "5 views of 336 pixels, 2340 tokens"),
         (["--option", "grids=(1x1),...,(6x6)", "--option", "max_tiles=9"], "2340 tokens"),
         (["--tiling", "dynamic", "--option", "max_tiles=6"], "dynamic 2 x 3: 7 views"),

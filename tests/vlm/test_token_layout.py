@@ -8,7 +8,13 @@ import torch
 
 from vlm.errors import UserError
 from vlm.tiling import NEXT_GRIDS, AnyresTiling, DynamicTiling, PadTiling, ResizeTiling
-from vlm.token_layout import images_per_row, lay_out, num_image_tokens, unpadded_box
+from vlm.token_layout import (
+    images_per_row,
+    lay_out,
+    num_image_tokens,
+    shown_parts,
+    unpadded_box,
+)
 
 RANGE = "(1x1),...,(6x6)"
 CLIP, SIGLIP, INTERNVL = (336, (24, 24)), (384, (27, 27)), (448, (16, 16))
@@ -90,6 +96,7 @@ def test_one_view_under_unpad_has_one_newline() -> None:
     [
         ResizeTiling(),
         PadTiling(),
+        PadTiling(unpad=True),
         DynamicTiling(max_tiles=6),
         DynamicTiling(max_tiles=6, thumbnail=False),
         NEXT,
@@ -158,6 +165,44 @@ def test_values_and_gradients_equal_transformers(size, max_tiles) -> None:
         results.append((laid.detach(), inputs[0].grad, inputs[1].grad))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((100, 50), 12 * 25), ((50, 100), 24 * 13), ((60, 60), 24 * 25), ((2000, 1), 2 * 25)],
+)
+def test_a_padded_view_is_cut_to_its_image_with_newlines(size, expected) -> None:
+    assert num_image_tokens(size, PadTiling(unpad=True), *CLIP) == expected
+
+
+def test_what_pads_a_view_leaves_the_sequence() -> None:
+    tokens = torch.arange(16.0).reshape(1, 16, 1)
+    laid = lay_out(tokens, (100, 50), PadTiling(unpad=True), 56, (4, 4), newline=-torch.ones(1))
+    assert laid.flatten().tolist() == [4, 5, 6, 7, -1, 8, 9, 10, 11, -1]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rows", "columns"),
+    [
+        (100, 50, (2, 6), (0, 8)),
+        (50, 100, (0, 8), (2, 6)),
+        (100, 90, (0, 8), (0, 8)),
+        (1000, 1, (0, 0), (0, 8)),
+    ],
+)
+def test_padding_is_found(width, height, rows, columns) -> None:
+    expected = torch.zeros(1, 8, 8, dtype=torch.bool)
+    expected[:, slice(*rows), slice(*columns)] = True
+    assert torch.equal(shown_parts((width, height), PadTiling(), (1, 1), (8, 8)), expected)
+
+
+def test_only_tiles_on_a_canvas_are_padded() -> None:
+    assert shown_parts((90, 10), DynamicTiling(), (2, 3), (4, 4)).all()
+    assert shown_parts((90, 10), DynamicTiling(), (2, 3), (4, 4)).shape == (7, 4, 4)
+    whole, left, right = shown_parts((90, 30), NEXT, (1, 2), (6, 6))
+    assert whole.all() and torch.equal(left, right) and left.any(-1).sum() == 4
+    alone = shown_parts((90, 30), NEXT, (0, 0), (6, 6))
+    assert alone.shape == (1, 6, 6) and alone[0].any(-1).sum() == 2
 
 
 def test_images_are_given_to_rows_in_order() -> None:
