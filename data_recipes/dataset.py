@@ -130,16 +130,23 @@ class Collator:
 
     The batch has two keys that are no tensors: `record_ids` (list of str) and `skipped` (list of
     `Skipped`); the trainer takes both out before the model is called.
+
+    Args:
+        processor: a `VlmProcessor`.
+        packed: the records become one row without padding, each a document of its own.
     """
 
     processor: Any
+    packed: bool = False
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
         """Collate; a batch whose records are all skipped is one row without supervised tokens."""
         kept = [item for item in items if not isinstance(item, Skipped)]
         ids = [item["record_id"] for item in kept]
         rows = [{k: v for k, v in item.items() if k != "record_id"} for item in kept]
-        batch = self.processor.collate(rows or [self._nothing()], padding_side="right")
+        rows = rows or [self._nothing()]
+        pack = self.processor.pack
+        batch = pack(rows) if self.packed else self.processor.collate(rows, padding_side="right")
         skipped = [item for item in items if isinstance(item, Skipped)]
         return {**batch, "record_ids": ids, "skipped": skipped}
 

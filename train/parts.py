@@ -49,7 +49,7 @@ def stage_parts(
         return _first_stage(recipe, stage, stage.aim, previous, checkpoint)
     model, processor = build_model(recipe, stage, previous, checkpoint)
     dataset = stage_dataset(stage, processor, recipe.seed)
-    return StageParts(model, dataset, Collator(processor), VlmTrainer)
+    return StageParts(model, dataset, Collator(processor, stage.packed), VlmTrainer)
 
 
 def _first_stage(

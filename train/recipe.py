@@ -72,6 +72,8 @@ class StageRecipe:
         max_length: longest row in tokens, images included; longer ones are faults, never cut.
         length_window: optimizer steps within which rows of like length are padded together. In a
             window of 1 every step sees the records it would see without; 0 sorts nothing.
+        packed: the rows of a micro-batch become one row without padding, and attention stays within
+            each; needs a language model that runs flash attention, or a CPU, to be fast.
         training: fields of transformers.TrainingArguments.
     """
 
@@ -82,6 +84,7 @@ class StageRecipe:
     chat_template: str | None = None
     max_length: int | None = None
     length_window: int = 0
+    packed: bool = False
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -215,6 +218,8 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
         raise UserError(f"{where}: name {stage.name!r} cannot be a folder's name")
     if stage.length_window < 0:
         raise UserError(f"{where}: length_window must be 0 or more, not {stage.length_window}")
+    if stage.packed and stage.objective is not None:
+        raise UserError(f"{where}: only stages that learn the next token can be packed")
     if stage.chat_template is not None:
         from vlm.chat_templates import load as load_chat_template
 

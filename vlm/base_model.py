@@ -33,6 +33,7 @@ from vlm.fusion_hooks import ARGUMENT, FusionCall, FusionHooks
 from vlm.hosts import host_shape
 from vlm.lm_head import document_starts
 from vlm.mamba_scan import use_scan
+from vlm.packed_attention import packed_mask, use_packed_attention
 from vlm.state_cache import state_traits
 from vlm.tiling import AnyresTiling, build_tiling
 from vlm.token_layout import images_per_row, lay_out, num_image_tokens
@@ -105,7 +106,7 @@ class VlmModel(VlmPreTrainedModel):
 
     def set_language_model(self, language_model: PreTrainedModel) -> None:
         """Put a bare language model in its place; Mamba-1 layers in it will run on our scan."""
-        self.language_model = use_scan(language_model)
+        self.language_model = use_packed_attention(use_scan(language_model))
         self.state_traits = state_traits(language_model)  # None: attention alone
 
     def train(self, mode: bool = True) -> "VlmModel":
@@ -294,9 +295,11 @@ class VlmModel(VlmPreTrainedModel):
         if self.state_traits is not None:
             return recurrent_lm.run(self.language_model, self.state_traits, **inputs)
         if past_key_values is None and document_starts(position_ids, attention_mask) is not None:
-            # transformers builds the block-diagonal mask of packed documents (or the sequence
-            # lengths of flash attention) from position_ids, but only without a mask and a cache.
-            inputs |= {"attention_mask": None, "use_cache": False}
+            # Where our mask is None transformers builds the block-diagonal one (or the sequence
+            # lengths of flash attention) from position_ids, but only without a cache.
+            assert position_ids is not None
+            mask = packed_mask(self.language_model, position_ids, attention_mask)
+            inputs |= {"attention_mask": mask, "use_cache": False}
         return self.language_model(**inputs)
 
     def with_default_grids(

@@ -246,10 +246,31 @@ class VlmProcessor(ProcessorMixin):
                     padding_value=value,
                     padding_side=padding_side,
                 )
-        for key in self.image_processor.model_input_names:
-            present = [row[key] for row in encoded if key in row]
-            if present:
-                batch[key] = torch.cat(present)
+        return batch | self._join_images(encoded)
+
+    def pack(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Join what `encode` gave for several conversations as documents of one row, unpadded.
+
+        Returns:
+            What `collate` returns, (1, sum of L), with position_ids, which begin anew with each
+            document, in place of the attention mask; no document's first token is learnt.
+        """
+        labels = [row["labels"].clone() for row in encoded]
+        for document in labels:
+            document[0] = IGNORE  # or it would be asked of the document before
+        positions = [torch.arange(len(row["input_ids"])) for row in encoded]
+        batch = {
+            "input_ids": torch.cat([row["input_ids"] for row in encoded])[None],
+            "position_ids": torch.cat(positions)[None],
+            "labels": torch.cat(labels)[None],
+        }
+        return batch | self._join_images(encoded)
+
+    def _join_images(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the images of several conversations, and what is asked of them, in order."""
+        keys = self.image_processor.model_input_names
+        present = {key: [row[key] for row in encoded if key in row] for key in keys}
+        batch = {key: torch.cat(values) for key, values in present.items() if values}
         asked = [row for row in encoded if IDS in row]
         if asked:
             assert self.instruction_tokenizer is not None, "see __init__"

@@ -189,7 +189,7 @@ def images_per_row(
     Args:
         row_tokens: (B,) image tokens found in each row.
         image_tokens: (n,) tokens that each image takes.
-        record_ids: names of the rows, for the error.
+        record_ids: names of the rows, or of the documents packed in them, for the error.
 
     Raises:
         UserError: the tokens of a row are not those of whole images, or images are left over.
@@ -205,7 +205,8 @@ def images_per_row(
     if len(counts) < len(row_tokens) or used < len(image_tokens):
         row = min(len(counts), len(row_tokens) - 1)
         names = "" if record_ids is None else f" (records {', '.join(map(str, record_ids))})"
-        name = f"row {row}" if record_ids is None else f"record {record_ids[row]}"
+        of_rows = record_ids is not None and len(record_ids) == len(row_tokens)
+        name = f"record {record_ids[row]}" if of_rows else f"row {row}"
         raise UserError(
             f"{sum(row_tokens)} image tokens in input_ids but {sum(image_tokens)} image features; "
             f"rows have {list(row_tokens)} tokens, images {list(image_tokens)} features; first "

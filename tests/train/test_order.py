@@ -62,18 +62,21 @@ def test_lengths_are_those_of_the_encoded_rows(make_model, make_image, tmp_path)
     assert processor.num_tokens(messages, sizes) == len(encoded["input_ids"])
 
 
-def test_same_losses_in_a_window_of_one_step(tree, write_recipe, tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"length_window": 1}, {"packed": True}, {"packed": True, "length_window": 1}]
+)
+def test_same_losses_with_less_padding(change, tree, write_recipe, tmp_path):
     losses = []
-    for window in (0, 1):
-        tree["output_dir"] = str(tmp_path / f"run{window}")
+    for number, fields in enumerate(({}, change)):
+        tree["output_dir"] = str(tmp_path / f"run{number}")
         for stage in tree["stages"]:
-            stage["length_window"] = window
+            stage |= fields
             stage["training"] |= {
                 "per_device_train_batch_size": 2,
                 "gradient_accumulation_steps": 4,
             }
         assert main(["train", str(write_recipe(tree))]) == 0
-        log = read_log(tmp_path / f"run{window}" / "instruct" / "training_log.jsonl")
+        log = read_log(tmp_path / f"run{number}" / "instruct" / "training_log.jsonl")
         losses.append([line["loss"] for line in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

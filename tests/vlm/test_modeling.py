@@ -56,10 +56,13 @@ def test_left_and_right_padding_give_the_same_logits(make_model, rows) -> None:
 
 
 @pytest.mark.parametrize("kind, tied", KINDS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["packed_sdpa", "sdpa", "eager"])
 def test_packed_rows_equal_separate_ones(kind, tied, attention, make_model, rows) -> None:
     model, processor = make_model(tiling=ANYRES, kind=kind, tied=tied)
-    model.set_attn_implementation(attention)
+    if attention == "packed_sdpa":  # what a model that runs sdpa gets
+        assert model.model.language_model.config._attn_implementation == attention
+    else:
+        model.set_attn_implementation(attention)
     separate = rows(processor)
     packed = {
         key: torch.cat([row[key] for row in separate if key in row])

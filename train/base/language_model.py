@@ -2,7 +2,7 @@
 
 vlm base language-model --out runs/quickstart/base/language_model
 
-Shapes: B documents, L tokens.
+Shapes: L tokens of all documents of a batch, W words of a bag, E width.
 """
 
 from dataclasses import dataclass, field
@@ -23,14 +23,12 @@ from train.base.settings import HELD_OUT, BaseSettings, done_before, finish, fit
 from train.base.tokenizer import END, START, train_tokenizer
 from vlm.chat_templates import load as load_chat_template
 from vlm.errors import UserError
+from vlm.packed_attention import packed_mask, use_packed_attention
 
 TOKENIZER_SCENES = 1500
 # Empty cells told of a scene, at most, drawn for a whole batch, so that little of it is padding; 64
 # allows the whole grid, as a picture shows it.
 MOST_EMPTY = (8, 8, 8, 64)
-# Rows of like length are padded and computed together; in one group, 42 % would be padding and a
-# step would take 1.5 times as long.
-GROUPS = 3
 IGNORE = -100
 
 
@@ -68,10 +66,8 @@ class TextBatches(Dataset):
     def __len__(self) -> int:
         return self.settings.steps
 
-    def __getitem__(self, index: int) -> dict[str, list[dict[str, Tensor]]]:
-        rows = sorted((self.encode(d) for d in self.documents(index)), key=lambda row: len(row[0]))
-        sizes = np.array_split(np.arange(len(rows)), GROUPS)
-        return {"groups": [pad([rows[i] for i in part]) for part in sizes if len(part)]}
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return pack([self.encode(document) for document in self.documents(index)])
 
     def documents(self, index: int) -> list[Document]:
         """Return the documents of batch `index`."""
@@ -115,42 +111,44 @@ class TextBatches(Dataset):
         return number
 
 
-def pad(rows: list[tuple[list[list[int]], list[int]]]) -> dict[str, Tensor]:
-    """Pad on the right; a causal model needs no attention mask for that.
+def pack(rows: list[tuple[list[list[int]], list[int]]]) -> dict[str, Tensor]:
+    """Join documents in one row, unpadded.
 
     Returns:
-        bags (B, L, W) of ids, -1 where a bag has fewer than W, and labels (B, L).
+        bags (1, L, W) of ids, -1 where a bag has fewer than W, labels (1, L), and position_ids
+        (1, L), which begin anew with each document.
     """
-    length = max(len(bags) for bags, _ in rows)
-    width = max(len(bag) for bags, _ in rows for bag in bags)
-    out = np.full((len(rows), length, width), -1, dtype=np.int64)
-    labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
-    for row, (bags, row_labels) in enumerate(rows):
-        labels[row, : len(row_labels)] = row_labels
-        for place, bag in enumerate(bags):
-            out[row, place, : len(bag)] = bag
-    return {"bags": torch.from_numpy(out), "labels": torch.from_numpy(labels)}
+    bags = [bag for document, _ in rows for bag in document]
+    out = np.full((1, len(bags), max(len(bag) for bag in bags)), -1, dtype=np.int64)
+    for place, bag in enumerate(bags):
+        out[0, place, : len(bag)] = bag
+    labels = [label for _, document in rows for label in document]
+    positions = [torch.arange(len(document)) for document, _ in rows]
+    return {
+        "bags": torch.from_numpy(out),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.cat(positions)[None],
+    }
 
 
 class BagLlama(LlamaForCausalLM):
     """A Llama that reads bags of words: the embedding of a bag is its words' sum."""
 
-    def hidden(self, bags: Tensor) -> Tensor:
-        """Return the last hidden states (B, L, E) for bags (B, L, W)."""
-        words = self.get_input_embeddings()(bags.clamp(min=0))  # (B, L, W, E)
+    def hidden(self, bags: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the last hidden states (1, L, E) of packed bags (1, L, W), see `pack`."""
+        words = self.get_input_embeddings()(bags.clamp(min=0))  # (1, L, W, E)
         embeds = (words * (bags >= 0)[..., None]).sum(2)
-        return self.model(inputs_embeds=embeds).last_hidden_state
+        mask = packed_mask(self.model, position_ids, None)
+        outputs = self.model(inputs_embeds=embeds, position_ids=position_ids, attention_mask=mask)
+        return outputs.last_hidden_state
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, groups: list[dict[str, Tensor]]
+        self, bags: Tensor, labels: Tensor, position_ids: Tensor
     ) -> dict[str, Tensor]:
-        """Return the mean loss of the learnt tokens of all groups of padded rows (see `pad`)."""
-        hidden, labels = [], []
-        for group in groups:
-            learnt = group["labels"][:, 1:] != IGNORE
-            hidden.append(self.hidden(group["bags"])[:, :-1][learnt])
-            labels.append(group["labels"][:, 1:][learnt])
-        return {"loss": F.cross_entropy(self.lm_head(torch.cat(hidden)), torch.cat(labels))}
+        """Return the mean loss of the learnt tokens of packed documents (see `pack`)."""
+        learnt = labels[:, 1:] != IGNORE
+        logits = self.lm_head(self.hidden(bags, position_ids)[:, :-1][learnt])
+        return {"loss": F.cross_entropy(logits, labels[:, 1:][learnt])}
 
 
 @torch.no_grad()
@@ -191,6 +189,7 @@ def train_language_model(settings: LanguageModelSettings, out: Path) -> dict[str
         **settings.llama,
     )
     model = BagLlama(config)
+    use_packed_attention(model.model)
     start_by_matching(model)
     data = TextBatches(tokenizer, settings)
     seconds = fit(model, data, settings, out, "base language model")
@@ -227,10 +226,12 @@ def write(model: BagLlama, rows: list[tuple[list[list[int]], list[int]]]) -> lis
     """Return what the model writes, greedily, at the places of each row that have labels."""
     bags = [list(row) for row, _ in rows]
     places = [[i for i, label in enumerate(labels) if label != IGNORE] for _, labels in rows]
+    starts = np.cumsum([0, *(len(row) for row in bags[:-1])])
     for turn in range(max(len(place) for place in places)):
         at = [place[min(turn, len(place) - 1)] for place in places]
-        hidden = model.hidden(pad([(row, [IGNORE] * len(row)) for row in bags])["bags"])
-        guesses = model.lm_head(hidden[range(len(at)), [i - 1 for i in at]]).argmax(-1)
+        packed = pack([(row, [IGNORE] * len(row)) for row in bags])
+        hidden = model.hidden(packed["bags"], packed["position_ids"])[0]
+        guesses = model.lm_head(hidden[starts + np.array(at) - 1]).argmax(-1)
         for row, place, i, guess in zip(bags, places, at, guesses.tolist(), strict=True):
             if turn < len(place):
                 row[i] = [guess]

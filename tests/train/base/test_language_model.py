@@ -13,13 +13,14 @@ from train.base.language_model import (
     BagLlama,
     LanguageModelSettings,
     TextBatches,
-    pad,
+    pack,
     start_by_matching,
     train_language_model,
     write,
 )
 from train.base.tokenizer import END, answer_words, train_tokenizer
 from vlm.errors import UserError
+from vlm.packed_attention import use_packed_attention
 
 SETTINGS = LanguageModelSettings(
     steps=2,
@@ -115,47 +116,40 @@ def test_batches_depend_on_seed_and_index_alone(tokenizer):
     data = TextBatches(tokenizer, SETTINGS)
     again = TextBatches(tokenizer, SETTINGS)
     data[0]
-    for first, second in zip(data[1]["groups"], again[1]["groups"], strict=True):
-        assert torch.equal(first["bags"], second["bags"])
+    assert torch.equal(data[1]["bags"], again[1]["bags"])
     assert data.documents(0) != data.documents(1)
 
 
 def test_bags_of_one_are_plain_text(tokenizer, trained):
     model = BagLlama.from_pretrained(trained[0]).eval()
     ids = torch.tensor([tokenizer("How many balls are in the image?")["input_ids"]]) % 300
+    positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         expected = model.model(input_ids=ids).last_hidden_state
-        assert torch.allclose(model.hidden(ids[..., None]), expected, atol=1e-6)
+        assert torch.allclose(model.hidden(ids[..., None], positions), expected, atol=1e-6)
 
 
-def test_padding_does_not_change_the_loss(trained):
+def test_packed_documents_do_not_see_each_other(trained):
     model = BagLlama.from_pretrained(trained[0]).eval()
+    use_packed_attention(model.model)
     row = ([[5], [6, 7], [8], [9]], [IGNORE, IGNORE, 8, 9])
-    longer = ([[4]] * 9, [IGNORE] * 9)
+    others = ([[4]] * 9, [IGNORE] * 9)
     with torch.no_grad():
-        alone, together = (model([pad(rows)])["loss"] for rows in ([row], [row, longer]))
+        alone, together = (model(**pack(rows))["loss"] for rows in ([row], [others, row, others]))
     assert torch.allclose(alone, together, atol=1e-6)
-
-
-def test_groups_do_not_change_the_loss(trained):
-    model = BagLlama.from_pretrained(trained[0]).eval()
-    rows = [([[5], [6, 7], [8]], [IGNORE, 6, 8]), ([[4]] * 9, [IGNORE] * 8 + [4])]
-    with torch.no_grad():
-        one, two = (
-            model([pad(part) for part in parts])["loss"]
-            for parts in ([rows], [[rows[0]], [rows[1]]])
-        )
-    assert torch.allclose(one, two, atol=1e-6)
 
 
 def test_what_the_model_writes_is_judged_not_what_it_is_given(trained):
     model = BagLlama.from_pretrained(trained[0]).eval()
     bags, labels = [[5], [6], [8], [9], [7]], [IGNORE, IGNORE, 8, IGNORE, 7]
     (written,) = write(model, [(bags, labels)])
+
+    def hidden(bags):
+        return model.hidden(torch.tensor([bags]), torch.arange(len(bags))[None])
+
     with torch.no_grad():
-        first = int(model.lm_head(model.hidden(torch.tensor([[[5], [6]]])))[0, -1].argmax())
-        context = torch.tensor([[[5], [6], [first], [9]]])
-        second = int(model.lm_head(model.hidden(context))[0, -1].argmax())
+        first = int(model.lm_head(hidden([[5], [6]]))[0, -1].argmax())
+        second = int(model.lm_head(hidden([[5], [6], [first], [9]]))[0, -1].argmax())
     assert written == [first, second]
 
 
