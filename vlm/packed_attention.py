@@ -73,10 +73,12 @@ def packed_sdpa(
     rows = []
     for row, lengths in enumerate(attention_mask[:, 0, 0].tolist()):
         whole = [length for length in lengths if length]
-        documents = zip(*(x[row, None].split(whole, 2) for x in (query, key, value)), strict=True)
-        rows.append(
-            torch.cat([_causal(*d, sliding_window, dropout, scaling) for d in documents], 2)
-        )
+        parts = (x[row, None].split(whole, 2) for x in (query, key, value))
+        attended = [
+            _causal(q, k, v, sliding_window, dropout, scaling)
+            for q, k, v in zip(*parts, strict=True)
+        ]
+        rows.append(torch.cat(attended, 2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
