@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.intervals import BOOTSTRAP_DRAWS, BOOTSTRAP_SEED, Interval
+from eval.intervals import BOOTSTRAP_DRAWS, BOOTSTRAP_SEED
+from vlm.proportions import Interval
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -20,10 +20,9 @@ from data_recipes.mixture import Source
 from train.process import is_main_process
 from train.recipe import Recipe, StageRecipe
 from vlm.done import write_flushed
+from vlm.file_hash import hash_file
 
 PACKAGES = ("vlm-suite", "torch", "transformers", "accelerate", "numpy", "pillow", "deepspeed")
-WHOLE_HASH_BYTES = 1 << 30  # larger files are told apart by size, first and last MiB
-SAMPLE_BYTES = 1 << 20
 
 
 class StageManifest(TrainerCallback):
@@ -94,7 +93,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def hash_sources(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
     """Return path, size and hash of every data file, by source."""
-    return {source.name: _hash_file(Path(source.path)) for source in sources}
+    return {source.name: hash_file(Path(source.path)) for source in sources}
 
 
 def hash_tree(tree: Any) -> str:
@@ -120,18 +119,6 @@ def count_skipped(folder: Path) -> dict[str, int]:
                 note = json.loads(line)
                 skipped[note["position"]] = note["source"]
     return dict(Counter(skipped.values()))
-
-
-def _hash_file(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE_HASH_BYTES:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"path": str(path), "bytes": size, "sha256": digest}
-        sample = hashlib.sha256(file.read(SAMPLE_BYTES))
-        file.seek(size - SAMPLE_BYTES)
-        sample.update(file.read())
-    return {"path": str(path), "bytes": size, "sha256_of_ends": sample.hexdigest()}
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,10 @@ class Ended:
 
 
 def run_side_by_side(
-    commands: Sequence[Sequence[str]], lock: int, log: Path | None = None
+    commands: Sequence[Sequence[str]],
+    lock: int,
+    log: Path | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> Ended:
     """Run commands (the words after `vlm`) at once, until all are done or one has failed.
 
@@ -41,6 +44,7 @@ def run_side_by_side(
         commands: e.g. [["train", "recipe.yaml"]].
         lock: the descriptor of `only_one`, which they inherit.
         log: file that gets what they print, after what it holds; None: the terminal.
+        watch: called a few times a second while they run.
 
     Raises:
         KeyboardInterrupt: the user stopped them; they have saved what they had.
@@ -62,6 +66,7 @@ def run_side_by_side(
             if any(child.poll() for child in children):
                 break
             peak = max(peak, sum(_tree_memory(child.pid) for child in children))
+            watch()
             time.sleep(SAMPLE_SECONDS)
         failed = [i for i, child in enumerate(children) if child.poll()]
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.intervals import Interval, Stratum, composite, paired_difference, wilson
+from eval.intervals import Stratum, composite, paired_difference
 from eval.significance import (
     ADDED_ANSWERS,
     ADDED_DIFFERENCES,
@@ -21,9 +21,10 @@ from eval.significance import (
     paired_bootstrap,
 )
 from eval.task import Example, Formula
+from vlm.proportions import Interval, wilson
 
 Json = dict[str, Any]
-Answers = Mapping[int, np.ndarray]  # seed -> right or wrong (Q,)
+Answers = Mapping[str, np.ndarray]  # seed -> right or wrong (Q,)
 
 
 @dataclass(frozen=True)

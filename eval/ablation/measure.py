@@ -1,7 +1,7 @@
 """What does each trained model cost for one picture: tokens, arithmetic, time, memory?
 
-All models are measured in one process, one question of the benchmark at a time, in turns: whatever
-slows the machine for a while hits all of them alike. Arithmetic is what torch's FlopCounterMode
+All models are measured in one process on one question, in turns: whatever slows the machine for a
+while hits all of them alike. Arithmetic is what torch's FlopCounterMode
 counts: matrix products, convolutions and attention (not causal attention's half), one
 multiplication and addition being two.
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
@@ -25,13 +26,14 @@ from vlm.loading import load_model
 
 Json = dict[str, Any]
 WARM_UP = 2  # calls before the first that is timed
+SHARE_OF_MEMORY = 0.5  # of what is free, for the weights of models that are measured in turns
 
 
 @dataclass(frozen=True)
 class Probe:
     """The question that everything is measured on."""
 
-    image: Image.Image
+    images: list[Image.Image]
     messages: list[dict[str, Any]]
     blind_messages: list[dict[str, Any]]
 
@@ -55,7 +57,7 @@ class Subject:
     def __init__(self, folder: Path, probe: Probe) -> None:
         self.model, self.processor = load_model(folder)
         self.model.requires_grad_(False)  # FlopCounterMode hooks the gradients of weights passed on
-        self.batch = self._batch(probe.messages, [probe.image])
+        self.batch = self._batch(probe.messages, probe.images)
         self.blind = self._batch(probe.blind_messages, [])
 
     def _batch(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> dict[str, Any]:
@@ -92,25 +94,43 @@ def measure(
         pictures: how many of each kind the scored questions have.
         rounds: how often each is timed.
     """
-    subjects = {name: Subject(folder, probe) for name, folder in models.items()}
-    costs = {name: _fixed_costs(subject, pictures) for name, subject in subjects.items()}
-    times: dict[str, dict[str, list[float]]] = {
-        name: {"look": [], "prefill": []} for name in subjects
-    }
+    costs: dict[str, Json] = {}
+    for names in _groups(models):
+        subjects = {name: Subject(models[name], probe) for name in names}
+        for name, subject in subjects.items():
+            costs[name] = _fixed_costs(subject, pictures)
+        for name, both in _times(subjects, rounds).items():
+            for part, values in both.items():
+                low, _, high = statistics.quantiles(values, n=4)
+                costs[name] |= {
+                    f"{part}_ms": statistics.median(values),
+                    f"{part}_ms_low": low,
+                    f"{part}_ms_high": high,
+                }
+            costs[name]["in_turns"] = len(names) == len(models)
+    return costs
+
+
+def _groups(models: Mapping[str, Path]) -> list[list[str]]:
+    """Return all names as one group, or each alone where memory holds no two models at once."""
+    weights = sum(file.stat().st_size for f in models.values() for file in f.glob("*.safetensors"))
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = psutil.virtual_memory().available
+    return [list(models)] if weights < SHARE_OF_MEMORY * free else [[name] for name in models]
+
+
+def _times(subjects: Mapping[str, Subject], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Return the milliseconds of each round, the subjects in turns."""
+    times = {name: {"look": [], "prefill": []} for name in subjects}
     for number in range(WARM_UP + rounds):
         for name, subject in subjects.items():
             look, prefill = _milliseconds(subject.look), _milliseconds(subject.prefill)
             if number >= WARM_UP:
                 times[name]["look"].append(look)
                 times[name]["prefill"].append(prefill)
-    for name, both in times.items():
-        for part, values in both.items():
-            low, _, high = statistics.quantiles(values, n=4)
-            costs[name] |= {
-                f"{part}_ms": statistics.median(values),
-                f"{part}_ms_quartiles": [low, high],
-            }
-    return costs
+    return times
 
 
 def _milliseconds(function: Callable[[], None]) -> float:

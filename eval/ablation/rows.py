@@ -4,7 +4,8 @@ connector=mlp,perceiver                          names: the connectors with thei
 connector=mlp,{type: perceiver, num_queries: 16},[mlp, partial_lora]
 encoder=runs/a/encoder,clip-l-336                folders of saved encoders, or presets
 stages.align.training.max_steps=100,200          any field of the recipe
-@train/recipes/ablation-connectors.yaml          a file: name of the row -> its changes
+@eval/ablation/connectors.yaml                   a file: name of the row -> its changes
+@eval/ablation/connectors.yaml:mlp,sva           these rows of the file
 
 What stands behind `=` is a YAML list without its brackets. Several `--vary` give all combinations.
 """
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from connectors.registry import lookup
 from vlm.errors import UserError
 from vlm.yaml_values import parse_value, read_file
 
+# Fields of a recipe that tell runs apart, not variants.
+OWN = {"name": "--out", "output_dir": "--out", "seed": "--seeds"}
 SHORT = {"connector": "model.connector", "encoder": "model.vision_encoder"}
 
 
@@ -51,6 +55,8 @@ def rows_of(words: Sequence[str]) -> list[Row]:
         changes: dict[str, Any] = {}
         for part in parts:
             for key, value in part.changes.items():
+                if key in OWN:
+                    raise UserError(f"--vary cannot change {key}; see {OWN[key]}")
                 if key in changes:
                     raise UserError(f"two --vary change {key}; give its values to one of them")
                 changes[key] = value
@@ -69,7 +75,10 @@ def rows_of(words: Sequence[str]) -> list[Row]:
 def _axis(word: str) -> list[Row]:
     """Return the choices of one `--vary`."""
     if word.startswith("@"):
-        return _file(Path(word[1:]))
+        path, _, names = word[1:].partition(":")
+        rows = {row.name: row for row in _file(Path(path))}
+        chosen = names.split(",") if names else rows
+        return [lookup(f"row of {path}", name, rows) for name in chosen]
     key, equals, text = word.partition("=")
     if not equals or not key or not text.strip():
         raise UserError(

@@ -1,4 +1,4 @@
-"""How is one variant trained and scored: by the commands a reader would type, once, and noted?
+"""What is one training of one variant, where does it lie, and what of it is done?
 
 OUT/runs/<row>/seed<n>/
     recipe.yaml     the whole resolved recipe; `vlm train` of it is this very run
@@ -10,20 +10,36 @@ OUT/runs/<row>/seed<n>/
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.ablation.rows import Row
-from vlm.child_commands import run_side_by_side
-from vlm.done import first_difference, make_folder, write_flushed, write_note
+from vlm.done import first_difference
 from vlm.errors import UserError
+from vlm.file_hash import hash_weights
 from vlm.overrides import apply_overrides
-from vlm.yaml_values import to_text
 
 NOTE, LOG, RECIPE = "run.json", "log.txt", "recipe.yaml"
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How models are scored.
+
+    Attributes:
+        words: of `vlm eval`, behind the model and before --out.
+        data: hashes of the benchmark's files.
+    """
+
+    words: tuple[str, ...]
+    data: tuple[str, ...]
+
+    def to_json(self) -> Json:
+        """Return what a run's note holds of it."""
+        return {"words": list(self.words), "data": list(self.data)}
 
 
 @dataclass(frozen=True)
@@ -35,12 +51,14 @@ class Run:
         seed: of the training.
         folder: gets all that belongs to the run.
         recipe: the whole recipe as plain values.
+        start: hashes of the weights it starts from, by the source's name.
     """
 
     row: Row
     seed: int
     folder: Path
     recipe: Mapping[str, Any]
+    start: Mapping[str, Mapping[str, str]]
 
     @property
     def name(self) -> str:
@@ -48,9 +66,14 @@ class Run:
         return f"{self.row.name}, seed {self.seed}"
 
     @property
+    def stages(self) -> list[Path]:
+        """Return the folders of the stages; the last one's model is scored."""
+        return [self.folder / "train" / stage["name"] for stage in self.recipe["stages"]]
+
+    @property
     def model(self) -> Path:
-        """Return the folder of the last stage, which is scored."""
-        return self.folder / "train" / self.recipe["stages"][-1]["name"]
+        """Return the folder of the model that is scored."""
+        return self.stages[-1]
 
     @property
     def scores(self) -> Path:
@@ -58,17 +81,27 @@ class Run:
         return self.folder / "eval"
 
     @property
-    def is_trained(self) -> bool:
-        """Return whether the last stage was trained to its end, as its manifest says."""
-        return _read(self.model / "manifest.json").get("status") == "done"
+    def settings(self) -> Json:
+        """Return all that decides what the run learns."""
+        chosen = {name: self.recipe[name] for name in ("model", "seed", "stages")}
+        return {**chosen, "start": {name: dict(files) for name, files in self.start.items()}}
 
-    def is_scored(self, score: Sequence[str]) -> bool:
-        """Return whether the trained model was scored with these words of `vlm eval`."""
-        return self.is_trained and self.note().get("scored") == list(score)
+    def manifests(self) -> list[Json]:
+        """Return what each stage says of itself; {} where it has not begun."""
+        return [read_json(folder / "manifest.json") for folder in self.stages]
 
     def note(self) -> Json:
         """Return run.json, {} where there is none yet."""
-        return _read(self.folder / NOTE)
+        return read_json(self.folder / NOTE)
+
+    @property
+    def is_trained(self) -> bool:
+        """Return whether the last stage was trained to its end."""
+        return self.manifests()[-1].get("status") == "done"
+
+    def is_scored(self, scoring: Scoring) -> bool:
+        """Return whether the trained model was scored in this way."""
+        return self.is_trained and self.note().get("scored") == scoring.to_json()
 
 
 def runs_of(
@@ -85,15 +118,33 @@ def runs_of(
     Raises:
         UserError: a row changes what the recipe does not have.
     """
-    runs = []
+    runs, hashes = [], {}
     for seed in seeds:
         for row in rows:
             folder = out / "runs" / row.folder / f"seed{seed}"
             tree = copy.deepcopy(dict(base))
-            apply_overrides(tree, dict(row.changes))
             tree |= {"name": row.name, "output_dir": str(folder / "train"), "seed": seed}
-            runs.append(Run(row, seed, folder, tree))
+            apply_overrides(tree, dict(row.changes))
+            sources = sorted(set(_sources(tree["model"])))
+            for source in sources:
+                if source not in hashes:
+                    hashes[source] = hash_weights(Path(source))
+            runs.append(Run(row, seed, folder, tree, {name: hashes[name] for name in sources}))
     return runs
+
+
+def _sources(model: Any) -> Iterator[str]:
+    """Yield the files and folders that a model's weights come from."""
+    if isinstance(model, Mapping):
+        for key, value in model.items():
+            if key in ("source", "language_model") and isinstance(value, str):
+                if Path(value).exists():
+                    yield value
+            else:
+                yield from _sources(value)
+    elif isinstance(model, list):
+        for item in model:
+            yield from _sources(item)
 
 
 def claim(run: Run) -> None:
@@ -107,7 +158,7 @@ def claim(run: Run) -> None:
         if run.folder.exists() and any(run.folder.iterdir()):
             raise UserError(f"{run.folder} was not written by an ablation; choose another --out")
         return
-    if found := first_difference(note["settings"], settings(run)):
+    if found := first_difference(note["settings"], run.settings):
         path, before, now = found
         raise UserError(
             f"{run.folder} holds {run.row.name!r} with {path} = {before!r}, but now it is {now!r}; "
@@ -115,59 +166,7 @@ def claim(run: Run) -> None:
         )
 
 
-def settings(run: Run) -> Json:
-    """Return all that decides what the run learns."""
-    return {name: run.recipe[name] for name in ("model", "seed", "stages")}
-
-
-def execute(run: Run, score: Sequence[str], lock: int) -> None:
-    """Train and score a run as far as that is not done; a failure is noted, not raised.
-
-    Args:
-        run: its folder is ours (`claim`).
-        score: words of `vlm eval` behind the model and before --out.
-        lock: see `vlm.child_commands`.
-
-    Raises:
-        KeyboardInterrupt: the user stopped it; the same call goes on.
-    """
-    make_folder(run.folder)
-    note: Json = {"settings": settings(run), "seconds": 0.0, "peak_memory_mb": 0, "starts": 0}
-    note |= run.note() | {"failed": None}
-    write_flushed(run.folder / RECIPE, to_text(dict(run.recipe)))
-    write_note(run.folder / NOTE, note)
-    log = run.folder / LOG
-    if not run.is_trained:
-        note |= {"starts": note["starts"] + 1, "scored": None}
-        write_note(run.folder / NOTE, note)
-        ended = run_side_by_side([["train", str(run.folder / RECIPE)]], lock, log)
-        note["seconds"] = round(note["seconds"] + ended.seconds, 1)
-        note["peak_memory_mb"] = max(note["peak_memory_mb"], ended.peak_memory_mb)
-        if ended.failed or not run.is_trained:
-            _note_failure(run, note, "training", ended.failed)
-            return
-        write_note(run.folder / NOTE, note)
-    words = ["eval", str(run.model), *score, "--out", str(run.scores)]
-    ended = run_side_by_side([words], lock, log)
-    if ended.failed:
-        _note_failure(run, note, "scoring", ended.failed)
-        return
-    write_note(run.folder / NOTE, note | {"scored": list(score)})
-
-
-def _note_failure(run: Run, note: Json, step: str, failed: Sequence[tuple[int, int]]) -> None:
-    """Write down why a command failed: what it said last."""
-    code = failed[0][1] if failed else 0
-    if code < 0:
-        reason = f"stopped by signal {-code}, as a machine without memory does"
-    else:
-        text = (run.folder / LOG).read_text(encoding="utf-8", errors="replace")
-        said = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-        reason = said[-1] if said else f"exit code {code}"
-    write_note(run.folder / NOTE, note | {"failed": f"{step}: {reason}"})
-
-
-def _read(path: Path) -> Json:
+def read_json(path: Path) -> Json:
     """Return a JSON file of ours, {} where there is none yet.
 
     Raises:

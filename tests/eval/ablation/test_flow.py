@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.ablation import flow, runs
+from eval.ablation import execution, flow
 from eval.ablation.cli import add_arguments
 from eval.ablation.cli import run as run_command
 from eval.runner import choose_indices
@@ -18,6 +18,7 @@ from vlm.yaml_values import read_file
 COSTS = {
     "visual_tokens": 16.0, "parameters_connector": 1000, "parameters": 5000, "look_ms": 1.0,
     "flops_connector": 10, "flops_language_model": 20, "prefill_ms": 2.0, "prefill_peak_mb": 3.0,
+    "flops_encoder": 30, "prefill_ms_low": 1.9, "prefill_ms_high": 2.2, "in_turns": True,
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ class Fake:
         self.ran, self.failing, self.killed = [], {}, None
         self.task = CvBench.open([data])
 
-    def __call__(self, commands, lock, log):
+    def __call__(self, commands, lock, log, watch):
         (words,) = commands
         name = Path(words[1]).parts[-3 if words[0] == "train" else -4]
         self.ran.append(f"{words[0]} {name}")
@@ -58,9 +59,11 @@ class Fake:
             return Ended(1.0, 50, [(0, 2)])
         if words[0] == "train":
             recipe = read_file(Path(words[1]))
-            folder = Path(recipe["output_dir"]) / recipe["stages"][-1]["name"]
-            folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text('{"status": "done"}')
+            manifest = {"status": "done", "seconds": 3.0, "peak_memory_mb": {"host": 9.0}}
+            for stage in recipe["stages"]:
+                path = Path(recipe["output_dir"]) / stage["name"] / "manifest.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(manifest | {"data": {"main": "same"}}))
         else:
             self.answer(Path(words[words.index("--out") + 1]), better=name != "mlp")
         return Ended(2.0, 100, [])
@@ -84,10 +87,10 @@ def data(tmp_path, write_benchmark):
 @pytest.fixture
 def fake(monkeypatch, base, data):
     made = Fake(data)
-    monkeypatch.setattr(runs, "run_side_by_side", made)
+    monkeypatch.setattr(execution, "run_side_by_side", made)
     monkeypatch.setattr(flow, "check_recipe", lambda *_: json.loads(json.dumps(base)))
-    costs = lambda task, indices, done, rounds: {run.row.name: dict(COSTS) for run in done}  # noqa: E731
-    monkeypatch.setattr(flow, "measure_costs", costs)
+    costs = lambda task, indices, done, *_: {run.row.name: dict(COSTS) for run in done}  # noqa: E731
+    monkeypatch.setattr(flow, "measured_costs", costs)
     return made
 
 

@@ -23,8 +23,8 @@ CONNECTOR = "model.connector"
                                         "layer=[-3,-4]": {"model.vision_encoder.layer": [-3, -4]}}),
         (["stages.align.trainable.connector=1e-3"],
          {"connector=0.001": {"stages.align.trainable.connector": 1e-3}}),
-        (["connector=mlp", "seed=1,2"], {"mlp, seed=1": {CONNECTOR: {"type": "mlp"}, "seed": 1},
-                                         "mlp, seed=2": {CONNECTOR: {"type": "mlp"}, "seed": 2}}),
+        (["connector=mlp", "a.b=1,2"], {"mlp, b=1": {CONNECTOR: {"type": "mlp"}, "a.b": 1},
+                                        "mlp, b=2": {CONNECTOR: {"type": "mlp"}, "a.b": 2}}),
     ],
 )  # fmt: skip
 def test_words_become_rows(words, rows):
@@ -50,12 +50,15 @@ def test_a_file_names_its_rows_and_may_change_several_fields(tmp_path):
         "model.vision_encoder.layer": [-3, -4],
     }
     assert (two.name, two.folder) == ("two / b", "two-b")
+    assert rows_of([f"@{path}:two / b"]) == [two]
+    with pytest.raises(UserError, match="did you mean 'one'"):
+        rows_of([f"@{path}:onee"])
 
 
 def test_several_vary_give_all_combinations():
-    rows = rows_of(["connector=mlp,kan", "seed=1,2,3"])
+    rows = rows_of(["connector=mlp,kan", "num_threads=1,2,3"])
     assert len({row.folder for row in rows}) == 6
-    assert [row.name for row in rows][:2] == ["mlp, seed=1", "mlp, seed=2"]
+    assert [row.name for row in rows][:2] == ["mlp, num_threads=1", "mlp, num_threads=2"]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,7 @@ def test_several_vary_give_all_combinations():
         (["connector=mlp,mlp"], "are the same variant"),
         (["connector=mlp", "connector=kan"], "two --vary change model.connector"),
         (["a.depth=1,2", "b.depth=1"], None),
+        (["seed=1,2"], "see --seeds"),
         (["@gone.yaml"], "gone.yaml: cannot be read"),
     ],
 )
