@@ -47,6 +47,6 @@ def segment_sums(logs: Tensor) -> tuple[Tensor, Tensor]:
     low = (running.detach() - high.detach().double()).to(logs.dtype)  # no gradient of its own
     sums = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
     # The diagonal is 0 by itself, but its two gradients would cancel only up to rounding.
-    fixed = torch.full_like(sums[(0,) * (sums.ndim - 2)], -torch.inf).triu(1)
+    fixed = logs.new_full(sums.shape[-2:], -torch.inf).triu(1)
     earlier = torch.ones_like(fixed, dtype=torch.bool).tril(-1)
     return high, torch.where(earlier, sums, fixed)

@@ -3,6 +3,7 @@
 Shapes: B batch, L sequence, D channels, G groups of D / G neighbouring channels, N states.
 """
 
+from collections.abc import Mapping
 from math import lcm
 
 import torch
@@ -58,10 +59,10 @@ def selective_scan(
         float64 where an input is.
 
     Raises:
-        UserError: shapes that do not fit, complex numbers, a backend that is missing here.
+        UserError: shapes, types or devices that do not fit, a backend that is missing here.
     """
-    u, delta = u.transpose(-1, -2), delta.transpose(-1, -2)
-    z = None if z is None else z.transpose(-1, -2)
+    u, delta = _channels_last(u), _channels_last(delta)
+    z = None if z is None else _channels_last(z)
     B, C = (_sequence_first(x) for x in (B, C))
     y, state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, (False,), backend)
     y = y.transpose(1, 2)
@@ -105,11 +106,16 @@ def selective_scan_channels_last(
         that the scan takes last, in float32, or in float64 where an input is.
 
     Raises:
-        UserError: shapes that do not fit, complex numbers, a backend that is missing here.
+        UserError: shapes, types or devices that do not fit, a backend that is missing here.
     """
     directions = (reverse,) if isinstance(reverse, bool) else tuple(reverse)
     y, state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, directions, backend)
     return (y, state) if return_last_state else y
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """(B, D, L) -> (B, L, D); anything else as it is, for the checks to refuse."""
+    return x.transpose(1, 2) if x.ndim == 3 else x
 
 
 def _sequence_first(x: Tensor) -> Tensor:
@@ -132,9 +138,12 @@ def _scan(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Check, bring to one floating type and one number of groups, choose a backend, run it."""
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
+    given = {name: x for name, x in (tensors | {"delta_bias": delta_bias}).items() if x is not None}
+    _check_kinds(given)
     _check_shapes(u, delta, A, B, C, D, z, delta_bias, reverse)
-    tensors = [x for x in (u, delta, A, B, C, D, z, delta_bias) if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    double = any(x.dtype == torch.float64 for x in given.values())
+    dtype = torch.float64 if double else torch.float32
     groups = lcm(len(reverse), *(x.shape[2] for x in (B, C) if x.ndim == 4))
 
     def prepared(x: Tensor) -> Tensor:
@@ -143,6 +152,8 @@ def _scan(
 
     if u.is_meta:  # a model is measured without being computed
         return torch.empty_like(u), A.new_empty(u.shape[0], *A.shape, dtype=dtype)
+    if not u.shape[0]:
+        backend = "chunked"  # no work; the kernels divide it among threads
     with torch.autocast(u.device.type, enabled=False):
         problem = ScanProblem(
             *(prepared(x) for x in (u, delta, A, B, C)),
@@ -172,6 +183,20 @@ def choose_backend(name: str, problem: ScanProblem) -> Backend:
     return BACKENDS[name]
 
 
+def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless the tensors are real floating-point numbers on one device."""
+    device = tensors["u"].device
+    for name, x in tensors.items():
+        if x.is_complex():
+            raise UserError(f"selective scan: {name} is complex; only real numbers are supported")
+        if not x.is_floating_point():
+            raise UserError(
+                f"selective scan: {name} must have a floating type, such as float32, not {x.dtype}"
+            )
+        if x.device != device:
+            raise UserError(f"selective scan: u is on {device}, but {name} is on {x.device}")
+
+
 def _check_shapes(
     u: Tensor,
     delta: Tensor,
@@ -184,10 +209,11 @@ def _check_shapes(
     reverse: tuple[bool, ...],
 ) -> None:
     """Raise UserError unless the shapes, channels last, are those of one scan."""
-    if u.ndim != 3 or A.ndim != 2 or 0 in (*u.shape, *A.shape):
+    if u.ndim != 3 or A.ndim != 2 or 0 in (*u.shape[1:], *A.shape):
         raise UserError(
             "selective scan: u must have three axes, batch, channels and sequence, and A two, "
-            f"channels and states, none of them empty, not {tuple(u.shape)} and {tuple(A.shape)}"
+            "channels and states, none of them empty but the batch, not "
+            f"{tuple(u.shape)} and {tuple(A.shape)}"
         )
     batch, length, channels = u.shape
     states = A.shape[1]
@@ -205,8 +231,6 @@ def _check_shapes(
                 f"selective scan: with u (channels last) {tuple(u.shape)} and A {tuple(A.shape)}, "
                 f"{name} must be {tuple(shape)}, not {tuple(x.shape)}"
             )
-        if x is not None and x.is_complex():
-            raise UserError(f"selective scan: {name} is complex; only real numbers are supported")
     if not reverse or channels % len(reverse):
         raise UserError(
             f"selective scan: reverse has {len(reverse)} directions for {channels} channels; "

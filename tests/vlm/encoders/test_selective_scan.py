@@ -280,7 +280,10 @@ WRONG = [
     ({"delta": torch.ones(2, 6, 6)}, {}, r"delta must be \(2, 7, 6\), not \(2, 6, 6\)"),
     ({"B": torch.ones(2, 7, 4, 4)}, {}, "6 channels are no 4 equal groups"),
     ({"u": torch.ones(2, 7)}, {}, "u must have three axes"),
-    ({"u": torch.ones(2, 0, 6)}, {}, "none of them empty"),
+    ({"u": torch.ones(2, 0, 6)}, {}, "none of them empty but the batch"),
+    ({"u": torch.ones(2, 7, 6).long()}, {}, r"u must have a floating type.*not torch.int64"),
+    ({"B": torch.ones(2, 7, 1, 4) > 0}, {}, r"B must have a floating type.*not torch.bool"),
+    ({"A": torch.ones(6, 4, device="meta")}, {}, "u is on cpu, but A is on meta"),
     ({"A": torch.ones(6, 4, dtype=torch.complex64)}, {}, "A is complex"),
     ({}, {"reverse": (True,) * 4}, "reverse has 4 directions for 6 channels"),
     ({}, {"backend": "cuda"}, "must be auto or one of reference, chunked, compiled, triton"),
@@ -292,3 +295,34 @@ WRONG = [
 def test_mistakes_are_named(changes, options, message):
     with pytest.raises(UserError, match=message):
         LAST(**random_scan(7) | changes, **options)
+
+
+def test_channels_first_names_its_mistakes_too():
+    ones = torch.ones(5)
+    with pytest.raises(UserError, match="u must have three axes"):
+        selective_scan(ones, ones, torch.ones(6, 4), torch.ones(6, 4), torch.ones(6, 4))
+
+
+@pytest.mark.parametrize("backend", ["auto", *FAST, "reference"])
+def test_an_empty_batch_gives_an_empty_result(backend):
+    tensors = {name: x.float() for name, x in random_scan(7, batch=0).items()}
+    got = with_gradients(LAST, tensors, backend=backend)
+    assert got["y"].shape == (0, 7, 6) and got["state"].shape == (0, 6, 4)
+    assert all(torch.equal(got[f"grad of {k}"], torch.zeros_like(x)) for k, x in tensors.items())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_second_derivatives_are_refused_not_left_out(backend):
+    tensors = {name: x.float().requires_grad_() for name, x in random_scan(7).items()}
+    y = LAST(**tensors, backend=backend)
+    with pytest.raises(RuntimeError, match="only backend='reference' has second derivatives"):
+        torch.autograd.grad(y.sum(), tensors["u"], create_graph=True)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_gate_of_any_size_closes(backend):
+    tensors = {name: x.float() for name, x in random_scan(7).items()}
+    tensors["z"] = torch.full_like(tensors["z"], -1e38)
+    tensors["D"] = tensors["D"] * 1e3
+    y = LAST(**tensors, delta_softplus=True, backend=backend)
+    assert torch.equal(y, torch.zeros_like(y))

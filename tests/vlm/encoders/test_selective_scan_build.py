@@ -69,6 +69,35 @@ def test_a_library_that_cannot_be_loaded(fresh, monkeypatch, tmp_path):
     torch.testing.assert_close(run("auto"), run("reference"))
 
 
+def test_a_compiler_whose_words_are_not_utf8(fresh, monkeypatch, tmp_path):
+    script = "printf 'no \\377 room' >&2; exit 1"
+    monkeypatch.setenv("PATH", fake_compiler(tmp_path / "bin", script))
+    with pytest.raises(UserError, match="no . room"):
+        run("compiled")
+    torch.testing.assert_close(run("auto"), run("reference"))
+
+
+@needs_compiler
+def test_a_library_without_the_functions(fresh, monkeypatch, tmp_path):
+    source = tmp_path / "kernel.c"
+    source.write_text("int other;\n")
+    monkeypatch.setattr(build_kernel, "SOURCE", source)
+    with pytest.raises(UserError, match="lacks the functions scan_lanes, scan_run; delete it"):
+        run("compiled")
+    torch.testing.assert_close(run("auto"), run("reference"))
+
+
+def test_a_user_without_a_home(fresh, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build_kernel.Path, "home", nowhere)
+    with pytest.raises(UserError, match="Could not determine home"):
+        run("compiled")
+    torch.testing.assert_close(run("auto"), run("reference"))
+
+
 def test_a_cache_folder_that_cannot_be_written(fresh, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     with pytest.raises(UserError, match="cannot be used"):

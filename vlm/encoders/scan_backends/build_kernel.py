@@ -20,6 +20,7 @@ COMPILERS = ("cc", "gcc", "clang")
 # gcc has -march=native on x86 and Arm, clang has it on x86 only.
 PROCESSOR_FLAGS = ("-march=native", "-mcpu=native")
 FLAGS = ("-O3", "-shared", "-fPIC", "-pthread")
+FUNCTIONS = ("scan_lanes", "scan_run")
 TIME_LIMIT = 120  # seconds; it takes about one
 
 
@@ -38,9 +39,12 @@ def load_kernel() -> ctypes.CDLL | str:
             error = _build(compiler, library)
             if error:
                 return error
-        return ctypes.CDLL(str(library))
-    except OSError as error:  # no place to write to, or a library that cannot be loaded
+        loaded = ctypes.CDLL(str(library))
+    except (OSError, RuntimeError) as error:  # no place to write to (or no home), or it cannot load
         return str(error)
+    if not all(hasattr(loaded, name) for name in FUNCTIONS):
+        return f"{library} lacks the functions {', '.join(FUNCTIONS)}; delete it"
+    return loaded
 
 
 def cache_folder() -> Path:
@@ -57,14 +61,15 @@ def _build(compiler: str, library: Path) -> str:
             command = [compiler, *FLAGS, flag, str(SOURCE), "-o", str(target)]
             try:
                 process = subprocess.run(
-                    command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+                    command, capture_output=True, timeout=TIME_LIMIT, check=False
                 )
             except subprocess.TimeoutExpired:
                 return f"{' '.join(command)} did not end in {TIME_LIMIT} seconds"
             if process.returncode == 0:
                 target.replace(library)
                 return ""
-            said = said or f"{' '.join(command)} failed: {process.stderr.strip()}"
+            reason = process.stderr.decode(errors="replace").strip()
+            said = said or f"{' '.join(command)} failed: {reason}"
     return said
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlm.encoders.scan_backends.problem import ScanProblem
+from vlm.encoders.scan_backends.problem import ScanProblem, refuse_second_derivative
 
 BLOCK_ELEMENTS = 1 << 18  # of one block's states; a quarter of it is twice as slow, more is flat
 STEP_ELEMENTS = 1 << 14  # below this a step costs the call, not the work
@@ -85,6 +85,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         u, step, A, B, C, *before = ctx.saved_tensors
         grad_y, carry = grads
         blocks = _Blocks(u, A, ctx.reverse)

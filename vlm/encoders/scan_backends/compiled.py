@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm.encoders.scan_backends.build_kernel import load_kernel
-from vlm.encoders.scan_backends.problem import ScanProblem
+from vlm.encoders.scan_backends.problem import ScanProblem, refuse_second_derivative
 
 BLOCK_STATES = 512  # T * N: with a vector's lanes, a block's decays and states take 64 KB
 BLOCK_ROWS = (8, 128)  # least and most T
@@ -55,6 +55,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         *tensors, before = ctx.saved_tensors
         call = _Call(*ctx.settings, *tensors)
         u, delta, A, B, C, D, z, bias = tensors

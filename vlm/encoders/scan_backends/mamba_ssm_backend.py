@@ -5,6 +5,8 @@ It takes channels first, forward in time only: reversed groups are flipped befor
 from its published interface, `selective_scan_fn` of mamba_ssm/ops/selective_scan_interface.py.
 """
 
+import functools
+import importlib
 import importlib.util
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from vlm.encoders.scan_backends.problem import ScanProblem
 from vlm.encoders.scan_backends.reference import in_scan_order
 
+INTERFACE = "mamba_ssm.ops.selective_scan_interface"
 MOST_STATES = 256  # MAX_DSTATE of csrc/selective_scan/selective_scan.h
 
 
@@ -24,14 +27,25 @@ def missing(p: ScanProblem) -> str:
         return f"it is for float32 on CUDA, not {p.u.dtype} on {p.u.device.type}"
     if p.A.shape[1] > MOST_STATES:
         return f"it takes up to {MOST_STATES} states, not {p.A.shape[1]}"
+    return _broken()
+
+
+@functools.cache
+def _broken() -> str:
+    """Return why mamba_ssm, which is installed, cannot be imported; "" if it can.
+
+    Its kernels are built for one version of torch; another one does not find their symbols.
+    """
+    try:
+        importlib.import_module(INTERFACE)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return f"mamba_ssm is installed, but importing it fails: {error}"
     return ""
 
 
 def scan(p: ScanProblem) -> tuple[Tensor, Tensor]:
     """Return y (B, L, D) and the last state (B, D, N)."""
-    from mamba_ssm.ops.selective_scan_interface import (  # pyright: ignore[reportMissingImports]
-        selective_scan_fn,
-    )
+    selective_scan_fn = importlib.import_module(INTERFACE).selective_scan_fn
 
     def first(x: Tensor) -> Tensor:
         return in_scan_order(x, p.reverse).transpose(1, 2).contiguous()

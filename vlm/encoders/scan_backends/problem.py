@@ -7,6 +7,7 @@ A letter is a size in a comment and the tensor of that name in code, as in the M
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -51,3 +52,15 @@ class Backend(Protocol):
     def scan(self, p: ScanProblem, /) -> tuple[Tensor, Tensor]:
         """Return y (B, L, D) and the state after the last step, (B, D, N), with gradients."""
         ...
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass that is recorded: what a kernel computes would be left out of it.
+
+    Raises:
+        RuntimeError: `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "selective scan: only backend='reference' has second derivatives (create_graph=True)"
+        )

@@ -127,7 +127,7 @@ INLINE void ahead(const scan *s, const work *w, int64_t k, int64_t rows, int kee
             y += now * COEFFICIENT(C, cC, k, t, n), state[n] = now;
             if (keep) w->decay[t * N + n] = decay;
         }
-        w->y[t] = s->z.data && !keep ? y * w->z[t] * sigmoid(w->z[t]) : y;
+        w->y[t] = s->z.data && !keep ? y * (w->z[t] * sigmoid(w->z[t])) : y;
         if (keep) w->step[t] = step, w->slope[t] = s->softplus ? sigmoid(x) : splat(1);
     }
 }

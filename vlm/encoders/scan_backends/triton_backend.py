@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vlm.encoders.scan_backends.problem import ScanProblem
+from vlm.encoders.scan_backends.problem import ScanProblem, refuse_second_derivative
 
 TILE_ROWS, TILE_CHANNELS = 64, 32  # T, W; powers of two
 WARPS = 4
@@ -86,6 +86,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         from vlm.encoders.scan_backends.triton_kernels import backward_kernel
 
         u, delta, A, B, C, D, z, bias, directions, before = ctx.saved_tensors
