@@ -10,7 +10,7 @@ from connectors.registry import lookup
 from vlm.encoders.base import EncoderConfig, VisionEncoder, saved_config, saved_type
 from vlm.encoders.open_clip_encoder import OpenClipEncoder
 from vlm.encoders.patches import PatchesEncoder
-from vlm.encoders.presets import expand_preset
+from vlm.encoders.presets import expand_preset, published_at
 from vlm.encoders.several import SeveralEncoder
 from vlm.encoders.timm_encoder import TimmEncoder
 from vlm.encoders.transformers_encoder import TransformersEncoder
@@ -88,8 +88,10 @@ def load_vision_encoder(
     """
     encoder_class, parsed = parse_encoder_config(config)
     if parsed.source is None and encoder_class.needs_source:
+        place = published_at(config)
+        hint = f"; the weights of this preset are at {place}" if place else ""
         raise UserError(
             f"vision encoder {encoder_class.type_name!r} needs a 'source' to load from: "
-            "a name on the hub or in the library, a folder, or a published file"
+            f"a name on the hub or in the library, a folder, or a published file{hint}"
         )
     return encoder_class.load(parsed, dtype)

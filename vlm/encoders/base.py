@@ -25,6 +25,12 @@ from vlm.errors import UserError
 CONFIG_FILE = "vision_encoder.json"
 # Measured from the model, so whatever else changes in a config makes them stale.
 MEASURED = ("grids", "dims")
+# With which Vim, VMamba and ViL were trained: ImageNet's mean and deviation.
+IMAGENET_224: Mapping[str, Any] = {
+    "image_size": 224,
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+}
 
 Layer = int | tuple[int, ...] | Literal["last"]
 
@@ -56,6 +62,8 @@ class EncoderConfig:
             )
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"vision encoder: image_size must be positive, not {self.image_size}")
+        if self.image_std is not None and min(self.image_std) <= 0:
+            raise UserError(f"vision encoder: image_std must be positive, not {self.image_std}")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -150,6 +158,9 @@ class VisionEncoder(nn.Module, Generic[C]):
         """Return the feature maps, each (T, H, W, D), of pictures (T, 3, S, S)."""
         size = (self.image_size, self.image_size)
         assert pixel_values.shape[-2:] == size, (tuple(pixel_values.shape), self.image_size)
+        if not len(pixel_values):  # most libraries' models refuse no views
+            shapes = zip(self.grids, self.dims, strict=True)
+            return tuple(pixel_values.new_zeros(0, *g, d, dtype=self.dtype) for g, d in shapes)
         return tuple(self.extract(pixel_values.to(self.dtype)))
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -247,6 +247,21 @@ ENCODERS: dict[str, Preset] = {
         "last", 224, IMAGENET, 14, 1536, 85_590_528,
         "github.com/MzeroMiko/VMamba, release #v2cls, vssm1_base_0229s",
         {"architecture": "vmamba_base_s1l20"}),
+    "vil2-tiny": Preset(
+        "vil", None,
+        "last", 224, IMAGENET, 14, 192, 6_005_760,
+        "github.com/NX-AI/vision-lstm, its README, vil2-tiny",
+        {"architecture": "vil2-tiny"}),
+    "vil2-small": Preset(
+        "vil", None,
+        "last", 224, IMAGENET, 14, 384, 22_628_160,
+        "github.com/NX-AI/vision-lstm, its README, vil2-small",
+        {"architecture": "vil2-small"}),
+    "vil2-base": Preset(
+        "vil", None,
+        "last", 224, IMAGENET, 14, 768, 87_723_456,
+        "github.com/NX-AI/vision-lstm, its README, vil2-base",
+        {"architecture": "vil2-base"}),
 }
 # fmt: on
 
@@ -285,7 +300,27 @@ SEVERAL: dict[str, SeveralPreset] = {
     ),
 }
 
-PRESETS: Mapping[str, Preset | SeveralPreset] = {**ENCODERS, **SEVERAL}
+# Sizes by their letter; of VMamba's two models of a size, the more accurate one on ImageNet.
+SHORT = {
+    "vim-t": "vim-tiny",
+    "vim-s": "vim-small",
+    "vim-b": "vim-base",
+    "vmamba-t": "vmamba-tiny-s1l8",
+    "vmamba-s": "vmamba-small-s2l15",
+    "vmamba-b": "vmamba-base-s2l15",
+}
+
+PRESETS: Mapping[str, Preset | SeveralPreset] = {
+    **ENCODERS,
+    **SEVERAL,
+    **{short: ENCODERS[name] for short, name in SHORT.items()},
+}
+
+
+def published_at(config: Any) -> str:
+    """Return where the weights of a config's preset are to be had; "" where nothing is known."""
+    name = config.get("preset") if isinstance(config, Mapping) else None
+    return PRESETS[name].published if isinstance(name, str) and name in PRESETS else ""
 
 
 def expand_preset(config: Any) -> Any:

@@ -22,10 +22,10 @@ from torch import Tensor
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from vlm.encoders import vil_keys
-from vlm.encoders.base import EncoderConfig, VisionEncoder, fill, load_strict
+from vlm.encoders.base import IMAGENET_224, EncoderConfig, VisionEncoder, fill, load_strict
 from vlm.encoders.initial_weights import keep
 from vlm.encoders.patch_check import check_patches
-from vlm.encoders.vil_blocks import HEADS, ViL, ViLArchitecture
+from vlm.encoders.vil_blocks import EXPAND, HEADS, ViL, ViLArchitecture
 from vlm.encoders.vim_blocks import patch_grid
 from vlm.encoders.vision_checkpoint import find_checkpoint, read_checkpoint, save_weights
 from vlm.errors import UserError
@@ -43,12 +43,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vil-smallplus-stride8": {"version": 1, "dim": 384, "depth": 26, "stride": 8},
     "vil-base": {"version": 1, "dim": 768, "depth": 24},
     "vil-base-stride8": {"version": 1, "dim": 768, "depth": 24, "stride": 8},
-}
-# ImageNet's, with which all of them were trained (reference: eval.py).
-TRAINED_WITH = {
-    "image_size": 224,
-    "image_mean": (0.485, 0.456, 0.406),
-    "image_std": (0.229, 0.224, 0.225),
 }
 
 
@@ -76,7 +70,7 @@ class ViLEncoder(VisionEncoder[ViLEncoderConfig]):
     @classmethod
     def resolve(cls, config: ViLEncoderConfig) -> ViLEncoderConfig:
         """Return the config with the architecture's numbers, size, mean and std."""
-        config = fill(config, TRAINED_WITH)
+        config = fill(config, IMAGENET_224)
         architecture = read_architecture(config)
         check_patches("vil", config, architecture)
         return replace(config, architecture=asdict(architecture))
@@ -122,10 +116,11 @@ def read_architecture(config: ViLEncoderConfig) -> ViLArchitecture:
         )
     values = named(config.architecture)
     a = config_from_mapping(ViLArchitecture, values, "vision encoder 'vil': architecture")
-    if min(a.dim, a.depth, a.patch_size, a.stride or 1) < 1 or a.stride == 0 or a.dim % HEADS:
+    numbers = (a.dim, a.depth, a.patch_size, *(a.position_grid or ()))
+    if min(numbers) < 1 or (a.stride is not None and a.stride < 1) or EXPAND * a.dim % HEADS:
         raise UserError(
             "vision encoder 'vil': architecture's numbers must be positive, and dim a multiple of "
-            f"{HEADS}, not {a}"
+            f"{HEADS // EXPAND}, not {a}"
         )
     stride = a.patch_size if a.stride is None else a.stride
     grid = a.position_grid or patch_grid((size, size), a.patch_size, stride)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
-from vlm.encoders.base import EncoderConfig, VisionEncoder, fill, load_strict
+from vlm.encoders.base import IMAGENET_224, EncoderConfig, VisionEncoder, fill, load_strict
 from vlm.encoders.initial_weights import keep
 from vlm.encoders.patch_check import check_patches
 from vlm.encoders.position_resize import Rule
@@ -35,12 +35,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vim_base": {"embed_dim": 768, "depth": 24},
     "vim_tiny_stride8": {"embed_dim": 192, "depth": 24, "stride": 8},
     "vim_small_stride8": {"embed_dim": 384, "depth": 24, "stride": 8},
-}
-# ImageNet's, with which all of them were trained.
-TRAINED_WITH = {
-    "image_size": 224,
-    "image_mean": (0.485, 0.456, 0.406),
-    "image_std": (0.229, 0.224, 0.225),
 }
 
 
@@ -79,7 +73,7 @@ class VimEncoder(VisionEncoder[VimEncoderConfig]):
     @classmethod
     def resolve(cls, config: VimEncoderConfig) -> VimEncoderConfig:
         """Return the config with the architecture's numbers, size, mean and std."""
-        config = fill(config, TRAINED_WITH)
+        config = fill(config, IMAGENET_224)
         architecture = read_architecture(config)
         check_patches("vim", config, architecture)
         return replace(config, architecture=asdict(architecture))
@@ -127,9 +121,9 @@ def read_architecture(config: VimEncoderConfig) -> VimArchitecture:
     if isinstance(values, str):
         values = lookup("Vim architecture", values, ARCHITECTURES)
     a = config_from_mapping(VimArchitecture, values, "vision encoder 'vim': architecture")
-    if min(a.embed_dim, a.depth, a.patch_size, a.state_dim, a.conv_width, a.expand) < 1 or (
-        a.stride is not None and a.stride < 1
-    ):
+    numbers = (a.embed_dim, a.depth, a.patch_size, a.state_dim, a.conv_width, a.expand)
+    optional = (a.stride, a.step_rank, *(a.position_grid or ()))
+    if min(*numbers, *(n for n in optional if n is not None)) < 1 or a.norm_eps <= 0:
         raise UserError(f"vision encoder 'vim': architecture's numbers must be positive, not {a}")
     stride = a.patch_size if a.stride is None else a.stride
     grid = a.position_grid or patch_grid((size, size), a.patch_size, stride)

@@ -23,8 +23,7 @@ from vlm.errors import UserError
 WEIGHTS_FILE = "model.safetensors"
 PICKLES = (".pth", ".pt", ".th", ".bin")
 WEIGHT_KEYS = ("model", "state_dict")
-
-
+# The classes of a run's settings, let in beside tensors and plain containers.
 SETTINGS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 
@@ -66,7 +65,9 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         text = str(error)
         reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().partition("\n")[0]
-        raise UserError(f"vision encoder: cannot read the weights {file}: {reason}") from error
+        raise UserError(
+            f"vision encoder: cannot read the weights {file}: {reason or 'it is empty or cut off'}"
+        ) from error
     nested = [content[k] for k in WEIGHT_KEYS if isinstance(content, dict) and k in content]
     state = nested[0] if nested else content
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
-from vlm.encoders.base import EncoderConfig, VisionEncoder, fill, load_strict
+from vlm.encoders.base import IMAGENET_224, EncoderConfig, VisionEncoder, fill, load_strict
 from vlm.encoders.initial_weights import keep
 from vlm.encoders.vision_checkpoint import find_checkpoint, read_checkpoint, save_weights
 from vlm.encoders.vmamba_blocks import VMambaArchitecture
@@ -57,12 +57,6 @@ FILE_NAMES: dict[str, str] = {
     "vssm1_small_0229s": "vmamba_small_s1l20",
     "vssm_base_0229": "vmamba_base_s2l15",
     "vssm1_base_0229s": "vmamba_base_s1l20",
-}
-# ImageNet's, with which all of them were trained.
-TRAINED_WITH = {
-    "image_size": 224,
-    "image_mean": (0.485, 0.456, 0.406),
-    "image_std": (0.229, 0.224, 0.225),
 }
 
 
@@ -105,7 +99,7 @@ class VMambaEncoder(VisionEncoder[VMambaEncoderConfig]):
     @classmethod
     def resolve(cls, config: VMambaEncoderConfig) -> VMambaEncoderConfig:
         """Return the config with the architecture's numbers, size, mean and std."""
-        config = fill(config, TRAINED_WITH)
+        config = fill(config, IMAGENET_224)
         architecture = read_architecture(config)
         check(config, architecture)
         return replace(config, architecture=asdict(architecture))
@@ -151,11 +145,18 @@ def read_architecture(config: VMambaEncoderConfig) -> VMambaArchitecture:
     if isinstance(values, str):
         values = lookup("VMamba architecture", FILE_NAMES.get(values, values), ARCHITECTURES)
     a = config_from_mapping(VMambaArchitecture, values, "vision encoder 'vmamba': architecture")
-    numbers = (*a.depths, *a.dims, a.state_dim, a.step_rank or 1, a.patch_size)
-    if not a.depths or len(a.depths) != len(a.dims) or min(numbers) < 1 or a.ssm_ratio <= 0:
+    rank = 1 if a.step_rank is None else a.step_rank
+    numbers = (*a.depths, *a.dims, a.state_dim, rank, a.patch_size)
+    if not a.depths or len(a.depths) != len(a.dims) or min(numbers) < 1:
         raise UserError(
             "vision encoder 'vmamba': architecture needs as many depths as dims, all positive, "
             f"not depths {a.depths} and dims {a.dims} with {a}"
+        )
+    narrowest = min(a.dims)
+    if int(a.ssm_ratio * narrowest) < 1 or (a.mlp_ratio and int(a.mlp_ratio * narrowest) < 1):
+        raise UserError(
+            f"vision encoder 'vmamba': ssm_ratio {a.ssm_ratio} and mlp_ratio {a.mlp_ratio} times "
+            f"the width {narrowest} must be at least one channel; mlp_ratio 0 means no MLP"
         )
     if a.stem == "v2" and (a.patch_size < 4 or a.patch_size % 2 or a.dims[0] % 2):
         raise UserError(

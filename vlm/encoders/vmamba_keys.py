@@ -63,8 +63,10 @@ def with_output_norms(state: Mapping[str, Tensor], stages: int, width: int) -> d
         width: D of the stage before the last.
     """
     result = dict(state)
-    for kind, value in (("weight", torch.ones(width)), ("bias", torch.zeros(width))):
-        result.setdefault(f"outnorm{stages - 2}.{kind}", value)
+    name = f"outnorm{stages - 2}"
+    if not any(key.startswith(f"{name}.") for key in state):  # half a norm is a broken file
+        result |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+    for kind in ("weight", "bias"):
         if f"outnorm{stages - 1}.{kind}" in state:
             last = state[f"outnorm{stages - 1}.{kind}"]
             result.setdefault(f"classifier.norm.{kind}", last)

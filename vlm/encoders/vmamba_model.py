@@ -30,7 +30,7 @@ from vlm.encoders.vmamba_blocks import (
 )
 
 Output = Literal["joined", "normed"] | tuple[int, ...]
-NAMED = {"joined": (-2, -1), "normed": (-1,)}
+NAMED: dict[Literal["joined", "normed"], tuple[int, ...]] = {"joined": (-2, -1), "normed": (-1,)}
 
 
 class VMamba(nn.Module):
@@ -50,9 +50,7 @@ class VMamba(nn.Module):
         super().__init__()
         a = architecture
         count = len(a.depths)
-        stages = (
-            {"joined": (-2, -1), "normed": (-1,)}[output] if isinstance(output, str) else output
-        )
+        stages = NAMED[output] if isinstance(output, str) else output
         self.output = output
         self.entries = [count + stage for stage in stages]
         self.patch_embed = make_stem(a)

@@ -19,6 +19,7 @@ BAD = [
     ({"type": "timm", "source": "x", "layer": [-1, 2]}, "layer must be 'last' or count"),
     ({"type": "timm", "source": "x", "image_size": 0}, "image_size must be positive, not 0"),
     ({"type": "timm", "source": "x", "image_mean": [0.5]}, "field 'image_mean' must be"),
+    ({"type": "timm", "source": "x", "image_std": [0.5, 0.0, 1]}, "image_std must be positive"),
     ({"type": "transformers"}, "needs a 'source' or an 'architecture'"),
 ]
 

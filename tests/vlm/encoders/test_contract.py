@@ -22,8 +22,13 @@ NAMES = [
     "timm_mambaout",
     "vim",
     "vim_mamba2",
+    "vim_head",
+    "vim_double_overlap",
+    "vim_plain",
     "vmamba",
+    "vmamba_v0",
     "vil",
+    "vil_v1",
     "open_clip_vit",
     "open_clip_timm",
 ]
@@ -98,6 +103,14 @@ def test_measured_sizes_do_not_depend_on_the_device(build, name):
 def test_pictures_are_cast_to_the_weights_type(build, pictures, name):
     encoder = build(name).to(torch.bfloat16)
     assert encoder(pictures(encoder))[0].dtype == torch.bfloat16
+
+
+def test_no_views_give_empty_maps(build, pictures, name):
+    encoder = build(name)
+    shapes = [tuple(m.shape) for m in encoder(pictures(encoder)[:0])]
+    assert shapes == [
+        (0, *grid, dim) for grid, dim in zip(encoder.grids, encoder.dims, strict=True)
+    ]
 
 
 def test_views_do_not_see_each_other(build, pictures, name):

@@ -10,11 +10,17 @@ import torch
 import transformers
 from transformers import CLIPVisionModel
 
-from vlm.encoders import VISION_ENCODERS, VisionEncoder, build_vision_encoder, load_vision_encoder
-from vlm.encoders.presets import ENCODERS, HALF, IMAGENET, OPENAI, PRESETS, SEVERAL, expand_preset
-from vlm.encoders.several import SeveralEncoder
-from vlm.encoders.vim import VimEncoder
-from vlm.encoders.vmamba import VMambaEncoder
+from vlm.encoders import VisionEncoder, build_vision_encoder, load_vision_encoder
+from vlm.encoders.presets import (
+    ENCODERS,
+    HALF,
+    IMAGENET,
+    OPENAI,
+    PRESETS,
+    SEVERAL,
+    SHORT,
+    expand_preset,
+)
 from vlm.errors import UserError
 
 # From the encoders' papers and published configs: width, patch or stride, size, mean and std.
@@ -42,6 +48,9 @@ KNOWN = {
     "mambaout-small": (576, 32, 224, IMAGENET),
     "mambaout-base": (768, 32, 224, IMAGENET),
     "mambaout-base-plus-384": (768, 32, 384, IMAGENET),
+    "vil2-tiny": (192, 16, 224, IMAGENET),
+    "vil2-small": (384, 16, 224, IMAGENET),
+    "vil2-base": (768, 16, 224, IMAGENET),
 }
 # Vim and VMamba: millions of parameters of the published classifiers, whose head is left out here
 # and, of VMamba, a norm added: width of the last stage, of the norm, patch and stride.
@@ -62,14 +71,12 @@ CLASSIFIERS = {
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    """No network; the type `several` is known."""
+    """No network."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a preset asked for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    for encoder_class in (SeveralEncoder, VimEncoder, VMambaEncoder):
-        monkeypatch.setitem(VISION_ENCODERS, encoder_class.type_name, encoder_class)
 
 
 def empty(config: Any) -> VisionEncoder:
@@ -232,4 +239,18 @@ def test_mistakes_are_named(config, message):
 
 
 def test_every_name_is_unique():
-    assert len(PRESETS) == len(ENCODERS) + len(SEVERAL)
+    assert len(PRESETS) == len(ENCODERS) + len(SEVERAL) + len(SHORT)
+
+
+@pytest.mark.parametrize(("short", "width", "blocks"), [("vim-s", 384, 24), ("vmamba-b", 1536, 21)])
+def test_short_names(short, width, blocks):
+    encoder = empty({"preset": short})
+    assert encoder.dims == (width,)
+    assert sum(type(m).__name__ in ("Block", "VSSBlock") for m in encoder.modules()) == blocks
+
+
+@pytest.mark.parametrize(("name", "row"), [(n, r) for n, r in ENCODERS.items() if not r.source])
+def test_who_lacks_weights_is_told_where_they_are(name, row):
+    with pytest.raises(UserError, match="the weights of this preset are at") as caught:
+        load_vision_encoder({"preset": name})
+    assert str(caught.value).endswith(row.published)

@@ -72,7 +72,7 @@ def test_a_library_that_cannot_be_loaded(fresh, monkeypatch, tmp_path):
 def test_a_compiler_whose_words_are_not_utf8(fresh, monkeypatch, tmp_path):
     script = "printf 'no \\377 room' >&2; exit 1"
     monkeypatch.setenv("PATH", fake_compiler(tmp_path / "bin", script))
-    with pytest.raises(UserError, match="no . room"):
+    with pytest.raises(UserError, match=r"no . room"):
         run("compiled")
     torch.testing.assert_close(run("auto"), run("reference"))
 

@@ -291,6 +291,9 @@ BAD = [
     ({"architecture": {"dims": [8]}}, "architecture needs the field 'depths'"),
     ({"architecture": {**TINY, "dims": [8, 16]}}, "as many depths as dims"),
     ({"architecture": {**TINY, "patch_size": 2}}, "stem 'v2' needs an even patch_size of 4"),
+    ({"architecture": {**TINY, "step_rank": 0}}, "all positive"),
+    ({"architecture": {**TINY, "ssm_ratio": 0.01}}, "ssm_ratio 0.01 and mlp_ratio .* the width 8"),
+    ({"architecture": {**TINY, "mlp_ratio": -1.0}}, "mlp_ratio 0 means no MLP"),
     ({"architecture": {**TINY, "scan_mode": "spiral"}}, "field 'scan_mode' must be one of"),
     ({"architecture": {"depths": [1], "dims": [8]}}, "one stage cannot be joined"),
     ({"layer": -4}, "layer -4 of the architecture does not exist; it has 3 stages"),
@@ -312,3 +315,12 @@ def test_file_of_another_architecture(tmp_path, randomise):
     config = {**CONFIG, "architecture": wide, "source": str(tmp_path / "vssm.pth")}
     with pytest.raises(UserError, match="check image_size and architecture"):
         load_vision_encoder(config)
+
+
+def test_half_a_norm_is_a_broken_file(tmp_path, randomise):
+    state = tiny(randomise).model.state_dict()
+    (bias,) = (name for name in state if name.startswith("outnorm") and name.endswith("bias"))
+    del state[bias]
+    torch.save({"model": state}, tmp_path / "vssm.pth")
+    with pytest.raises(UserError, match=f"lacks the weights {bias}"):
+        load_vision_encoder({**CONFIG, "source": str(tmp_path / "vssm.pth")})
