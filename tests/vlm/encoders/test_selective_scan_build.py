@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vlm.encoders.scan_backends import build_kernel
+from vlm.encoders.scan_backends import build_kernel, mamba_ssm_backend
 from vlm.encoders.selective_scan import selective_scan_channels_last
 from vlm.errors import UserError
 
@@ -143,3 +143,13 @@ def test_every_flag_of_the_compiler_is_tried(fresh, monkeypatch, tmp_path):
     with pytest.raises(UserError):
         run("compiled")
     assert (tmp_path / "second").exists()
+
+
+def test_a_mamba_ssm_built_for_another_torch_is_no_backend(monkeypatch, tmp_path):
+    package = tmp_path / "mamba_ssm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mamba_ssm_backend._broken.cache_clear()
+    assert "importing it fails: undefined symbol" in mamba_ssm_backend._broken()
+    mamba_ssm_backend._broken.cache_clear()
