@@ -113,6 +113,8 @@ def _parse_any(config: Any) -> tuple[type[Connector], ConnectorConfig]:
     """Return class and config of one connector, or of a chain of them."""
     if isinstance(config, Sequence) and not isinstance(config, str):
         return ConnectorChain, _parse_list(config)
+    if isinstance(config, Mapping) and "features" in config:
+        return ConnectorChain, _parse_list([config])
     connector_class, parsed = _parse(config)
     if connector_class.faces <= {"project"}:
         return connector_class, parsed
@@ -185,12 +187,12 @@ def resolve_connector_config(config: ConnectorChoice) -> dict[str, Any] | list[d
         UserError: unknown type, unknown field, or a value of the wrong type.
     """
     parsed = _parse_any(config)[1]
-    if isinstance(config, Mapping):
-        own = parsed.parts[0].config if isinstance(parsed, ChainConfig) else parsed
-        return {"type": config["type"], **asdict(own)}
-    assert isinstance(parsed, ChainConfig), parsed
-    return [
+    if not isinstance(parsed, ChainConfig):
+        assert isinstance(config, Mapping), config
+        return {"type": config["type"], **asdict(parsed)}
+    written = [
         {"type": part.name, **asdict(part.config)}
         | ({} if part.features is None else {"features": list(part.features)})
         for part in parsed.parts
     ]
+    return written[0] if isinstance(config, Mapping) else written

@@ -5,8 +5,9 @@ batch, L sequence.
 
 `connector: [{type: mlp}, {type: partial_lora}]` is XComposer2; `[{type: perceiver}, {type:
 gated_cross_attention}]` is Flamingo. Exactly one part projects to tokens; a part that takes tokens
-gets them instead of the sequence. Each part sees all feature maps, or those that its key `features`
-names: `[{type: mlp, features: [3]}, {type: deepstack, features: [0, 1, 2]}]`.
+gets them instead of the sequence; there is one such part at most. Each part sees all feature maps,
+or those that its key `features` names: `[{type: mlp, features: [3]}, {type: deepstack, features:
+[0, 1, 2]}]`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,12 +73,26 @@ class ChainConfig(ConnectorConfig):
                 f"{[part.name for part in self.parts]} has {len(projecting)} ({projecting})"
                 + ("; put {type: mlp} before the others" if not projecting else "")
             )
-        first = self.parts[0]
-        if first.connector_class.takes_tokens:
+        names = [part.name for part in self.parts]
+        taking = [part.name for part in self.parts if part.connector_class.takes_tokens]
+        if len(taking) > 1:
+            raise UserError(f"connectors {taking} each take the tokens of a view; leave one")
+        if taking and names.index(taking[0]) < names.index(projecting[0]):
             raise UserError(
-                f"connector {first.name!r} takes the tokens of one before it: write a list such as "
-                f"[{{type: perceiver}}, {{type: {first.name}}}]"
+                f"connector {taking[0]!r} takes the tokens of one before it: write a list such as "
+                f"[{{type: {projecting[0]}}}, {{type: {taking[0]}}}]"
             )
+        rows = [part.name for part in self.parts if part.connector_class.side_kind == "tokens"]
+        if taking and rows:
+            raise UserError(
+                f"connector {rows[0]!r} gives something to each image token in the sequence, but "
+                f"{taking[0]!r} takes the tokens out of it; leave one of the two"
+            )
+
+    @property
+    def taking(self) -> Part | None:
+        """Return the part that takes the tokens instead of the sequence."""
+        return next((part for part in self.parts if part.connector_class.takes_tokens), None)
 
     def view_token_grid(self, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return (rows, columns) of the tokens of one view whose features have these grids.
@@ -85,19 +100,20 @@ class ChainConfig(ConnectorConfig):
         Raises:
             UserError: a part cannot take such a grid.
         """
-        grid = None
+        (maker,) = (part for part in self.parts if "project" in part.connector_class.faces)
+        grid = maker.config.token_grid(*maker.choose(grids)[0])
         for part in self.parts:
-            if "project" in part.connector_class.faces or part.connector_class.takes_tokens:
-                grid = part.config.token_grid(*part.choose(grids)[0])
-            elif part.connector_class.side_kind == "tokens" and part.choose(grids):
-                own = part.config.token_grid(*part.choose(grids)[0])
-                if grid is not None and own != grid:
+            if part is maker or part.connector_class.side_kind != "tokens":
+                continue
+            for own in (part.config.token_grid(*one) for one in part.choose(grids)):
+                if own != grid:
                     raise UserError(
                         f"connector {part.name!r} makes {own[0]} x {own[1]} tokens of a view, but "
-                        f"{grid[0]} x {grid[1]} stand in the sequence; give both the same factor"
+                        f"{grid[0]} x {grid[1]} of {maker.name!r} stand in the sequence; give both "
+                        "the same factor, or name feature maps of one grid in features"
                     )
-        assert grid is not None, "checked above"
-        return grid
+        taking = self.taking
+        return grid if taking is None else taking.config.token_grid(*grid)
 
     def text_source(self) -> TextSource | None:
         """Return how the text is made that a part reads; one part alone projects."""
@@ -126,18 +142,16 @@ class ConnectorChain(Connector[ChainConfig]):
         """Build the parts; `host` is needed where one acts inside the language model."""
         super().__init__(config, vision_dims, text_dim)
         built = []
-        for number, part in enumerate(config.parts):
+        for part in config.parts:
             if host is None and part.connector_class.faces - {"project"}:
                 raise UserError(
                     f"connector {part.name!r} acts inside the language model, which has to be "
                     "known to build it"
                 )
             dims = part.choose(vision_dims)
-            after = config.parts[number + 1 : number + 2]
-            width = text_dim
-            if after and after[0].connector_class.takes_tokens:
-                chosen = after[0].choose(vision_dims)
-                width = after[0].connector_class.media_dim(after[0].config, chosen)
+            width, taking = text_dim, config.taking
+            if taking is not None and "project" in part.connector_class.faces:
+                width = taking.connector_class.media_dim(taking.config, taking.choose(vision_dims))
             built.append(part.connector_class.build(part.config, dims, width, host))
         self.parts: Sequence[Connector] = nn.ModuleList(built)  # pyright: ignore
         self._layers: dict[tuple[int, Where], list[tuple[int, LayerSite]]] = {}

@@ -95,7 +95,7 @@ def _check_union(value: Any, choices: tuple[Any, ...], hint: Any, where: str) ->
 
 
 def describe_type(hint: Any) -> str:
-    """Return the annotation in words: "int", "one of 'v1', 'v2'", "int or None"."""
+    """Return the annotation in words: "int", "one of 'v1', 'v2'", "int or None", "a list of int"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
@@ -103,6 +103,13 @@ def describe_type(hint: Any) -> str:
         return " or ".join(map(describe_type, arguments))
     if hint is type(None):
         return "None"
+    if origin is dict or hint is dict:
+        return "a mapping"
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)}: {', '.join(map(describe_type, arguments))}"
+    if origin in (tuple, list):
+        item = describe_type(arguments[0])
+        return f"a list, each of it {item}" if " " in item else f"a list of {item}"
     return hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from connectors.base import Connector, ConnectorConfig
 from connectors.config import check_positive
 from connectors.errors import UserError
-from connectors.fusion import ROLES, HostShape, LinearSite, Role, linears_of
+from connectors.fusion import ROLES, HostShape, LinearSite, Role, check_roles, linears_of
 from connectors.key_table import Layout
 from connectors.token_routed_linear import LowRank, partial_lora_keys
 from connectors.visual_expert_blocks import key_of
@@ -36,6 +36,7 @@ class PartialLoraConfig(ConnectorConfig):
 
     def __post_init__(self) -> None:
         check_positive("connector 'partial_lora'", rank=self.rank)
+        check_roles("connector 'partial_lora'", self.linears)
         if not 0 <= self.dropout < 1:
             raise UserError(
                 f"connector 'partial_lora': dropout must be at least 0 and below 1, not "

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from connectors.base import Connector, ConnectorConfig
 from connectors.errors import UserError
-from connectors.fusion import ROLES, FusionContext, HostShape, LinearSite, Role, linears_of
+from connectors.fusion import (
+    ROLES,
+    FusionContext,
+    HostShape,
+    LinearSite,
+    Role,
+    check_roles,
+    linears_of,
+)
 from connectors.key_table import Layout
 from connectors.partial_lora import names_by_role
 from connectors.visual_expert_blocks import (
@@ -37,6 +45,9 @@ class VisualExpertConfig(ConnectorConfig):
     linears: tuple[Role, ...] = ROLES
     qkv_bias: bool = False  # CogVLM2: experts of queries, keys and values add a bias
     last_token: bool = False  # whether the last token of an image goes through the expert too
+
+    def __post_init__(self) -> None:
+        check_roles("connector 'visual_expert'", self.linears)
 
 
 class VisualExpertConnector(Connector[VisualExpertConfig]):

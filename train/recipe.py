@@ -164,7 +164,8 @@ def _parse_model(value: Any, where: str) -> ModelRecipe:
         raise UserError(f"{where}: give either checkpoint or {given[0]}, not both")
     missing = [name for name in needed if name not in given]
     if model.checkpoint is None and missing:
-        raise UserError(f"{where} needs {missing[0]} (or a checkpoint to go on from)")
+        hint = "; {type: patches} is none, as Fuyu" if missing[0] == "vision_encoder" else ""
+        raise UserError(f"{where} needs {missing[0]} (or a checkpoint to go on from){hint}")
     check_components(model, where)
     return model
 

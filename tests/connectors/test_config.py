@@ -62,10 +62,10 @@ BAD = [
     ({"needed": 1, "mode": True}, "field 'mode' must be one of"),
     ({"needed": 1, "flag": 1}, "field 'flag' must be bool, not 1"),
     ({"needed": 1, "sizes": [1, "2"]}, r"field 'sizes'\[1\] must be int, not '2'"),
-    ({"needed": 1, "sizes": 3}, "field 'sizes' must be"),
-    ({"needed": 1, "pair": [1]}, "field 'pair' must be"),
+    ({"needed": 1, "sizes": 3}, "field 'sizes' must be a list of int, not 3"),
+    ({"needed": 1, "pair": [1]}, "field 'pair' must be a list of 2: int, str, not "),
     ({"needed": 1, "layer": "first"}, "field 'layer' must be int or .* or one of 'last'"),
-    ({"needed": 1, "extra": []}, "field 'extra' must be dict"),
+    ({"needed": 1, "extra": []}, "field 'extra' must be a mapping"),
     ({"needed": 1, "raet": 1.0}, r"has no field 'raet' \(did you mean 'rate'\?\); its fields are"),
 ]
 

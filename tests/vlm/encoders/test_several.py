@@ -345,7 +345,7 @@ BAD = [
     ({"resize_to": [24, 0]}, "resize_to must be positive, not"),
     ({"layer": -2}, "set layer in each of 'encoders'"),
     ({"downscale": "nearest"}, "field 'downscale' must be one of 'antialias', 'bilinear'"),
-    ({"encoders": ["clip-l-336"]}, r"field 'encoders'\[0\] must be dict, not"),
+    ({"encoders": ["clip-l-336"]}, r"field 'encoders'\[0\] must be a mapping, not"),
     ({"encoders": [{"type": "tim"}]}, "did you mean 'timm'"),
     ({"encoders": [{"preset": "clip-l-33"}]}, "did you mean 'clip-l-336'"),
 ]
