@@ -198,6 +198,25 @@ class Connector(nn.Module, Generic[C]):
         return {}
 
 
+class InsideConnector(Connector[C]):
+    """Base of those whose size the language model decides: `__init__` gets its numbers too."""
+
+    def __init__(
+        self, config: C, vision_dims: Sequence[int], text_dim: int, host: HostShape
+    ) -> None:
+        """Remember the sizes; `host` are the language model's numbers."""
+        super().__init__(config, vision_dims, text_dim)
+        self.host = host
+
+    @classmethod
+    def build(
+        cls, config: C, vision_dims: Sequence[int], text_dim: int, host: HostShape | None
+    ) -> Self:
+        """Build for the language model `host`, which connectors/chain.py has asked for."""
+        assert host is not None
+        return cls(config, vision_dims, text_dim, host)
+
+
 def merged_grid(name: str, factor: int, height: int, width: int) -> tuple[int, int]:
     """Return (H / R, W / R), the grid where R x R features become one token.
 

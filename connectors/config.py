@@ -95,7 +95,7 @@ def _check_union(value: Any, choices: tuple[Any, ...], hint: Any, where: str) ->
 
 
 def describe_type(hint: Any) -> str:
-    """Return the annotation in words: "int", "one of 'v1', 'v2'", "int or None", "a list of int"."""
+    """Return the annotation in words: "one of 'v1', 'v2'", "int or None", "a list of int"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))

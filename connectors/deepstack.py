@@ -14,11 +14,10 @@ transformers' modeling_qwen3_vl.py; arXiv:2406.04334 has the idea.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from torch import Tensor, nn
 
-from connectors.base import Connector, ConnectorConfig
+from connectors.base import ConnectorConfig, InsideConnector, merged_grid
 from connectors.config import check_positive
 from connectors.errors import UserError
 from connectors.fusion import FusionContext, HostShape, LayerSite, Media
@@ -46,12 +45,7 @@ class DeepStackConfig(ConnectorConfig):
         Raises:
             UserError: R does not divide the feature grid.
         """
-        if height % self.factor or width % self.factor:
-            raise UserError(
-                f"connector 'deepstack': factor {self.factor} does not divide the vision encoder's "
-                f"feature grid {height} x {width}; choose another"
-            )
-        return height // self.factor, width // self.factor
+        return merged_grid("deepstack", self.factor, height, width)
 
 
 class Merger(nn.Module):
@@ -72,31 +66,26 @@ class Merger(nn.Module):
         return self.linear_2(self.act(self.linear_1(self.norm(merged))))
 
 
-class DeepStackConnector(Connector[DeepStackConfig]):
+class DeepStackConnector(InsideConnector[DeepStackConfig]):
     """A merger for each feature map; decoder layers add what they give."""
 
     config_class = DeepStackConfig
     faces = frozenset({"in_layer"})
     side_kind = "tokens"
 
-    def __init__(self, config: DeepStackConfig, vision_dims: Sequence[int], text_dim: int) -> None:
-        super().__init__(config, vision_dims, text_dim)
-        self.mergers = nn.ModuleList(Merger(d, config.factor, text_dim) for d in vision_dims)
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         config: DeepStackConfig,
         vision_dims: Sequence[int],
         text_dim: int,
-        host: HostShape | None,
-    ) -> Self:
-        """Build for the language model `host`.
+        host: HostShape,
+    ) -> None:
+        """Build the mergers.
 
         Raises:
-            UserError: it has too few layers.
+            UserError: the language model has too few layers.
         """
-        assert host is not None
+        super().__init__(config, vision_dims, text_dim, host)
         last = config.first_layer + len(vision_dims)
         if last > host.num_layers:
             raise UserError(
@@ -104,7 +93,7 @@ class DeepStackConnector(Connector[DeepStackConfig]):
                 f"layers from {config.first_layer} on, but the language model has "
                 f"{host.num_layers}; name fewer in features"
             )
-        return cls(config, vision_dims, text_dim)
+        self.mergers = nn.ModuleList(Merger(d, config.factor, text_dim) for d in vision_dims)
 
     def side(self, features: Sequence[Tensor], tokens: Tensor | None) -> Sequence[Tensor]:
         """Return what each feature map (T, H, W, D_i) gives, (T, N, E)."""

@@ -18,8 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from connectors.errors import UserError
-
 Where = Literal["before", "after_attention", "after"]
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Scope = Literal["latest", "previous", "document"]
@@ -176,15 +174,3 @@ class FusionContext:
 def linears_of(host: HostShape, roles: Sequence[Role]) -> list[list[HostLinear]]:
     """Return, for each decoder layer, its linear layers that have any of the roles."""
     return [[linear for linear in layer if set(linear.roles) & set(roles)] for layer in host.layers]
-
-
-def check_roles(where: str, linears: Sequence[Role]) -> None:
-    """Refuse a choice of linear layers that chooses none, or one twice.
-
-    Raises:
-        UserError: it does.
-    """
-    if not linears:
-        raise UserError(f"{where}: linears names no linear layer; choose from {', '.join(ROLES)}")
-    if twice := [role for role in ROLES if linears.count(role) > 1]:
-        raise UserError(f"{where}: linears names {twice[0]!r} twice")

@@ -14,12 +14,12 @@ Follows `open_flamingo/src/flamingo_lm.py` of mlfoundations/open_flamingo.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from connectors.base import Connector, ConnectorConfig
+from connectors.base import ConnectorConfig, InsideConnector
 from connectors.config import check_positive
 from connectors.errors import UserError
 from connectors.fusion import FusionContext, HostShape, LayerSite, Media
@@ -69,7 +69,7 @@ class Placeholder(nn.Module):
         return self.token.expand(num_views, 1, -1)
 
 
-class GatedCrossAttentionConnector(Connector[GatedCrossAttentionConfig]):
+class GatedCrossAttentionConnector(InsideConnector[GatedCrossAttentionConfig]):
     """A block before every n-th decoder layer, over the tokens of the connector before."""
 
     config_class = GatedCrossAttentionConfig
@@ -82,15 +82,24 @@ class GatedCrossAttentionConnector(Connector[GatedCrossAttentionConfig]):
         config: GatedCrossAttentionConfig,
         vision_dims: Sequence[int],
         text_dim: int,
-        num_layers: int,
+        host: HostShape,
     ) -> None:
-        super().__init__(config, vision_dims, text_dim)
-        self.dim_of_media = self.media_dim(config, vision_dims)
-        self._numbers = gated_layers(num_layers, config.every)
+        """Build the blocks.
+
+        Raises:
+            UserError: the language model has fewer layers than lie between two blocks.
+        """
+        super().__init__(config, vision_dims, text_dim, host)
+        if host.num_layers < config.every:
+            raise UserError(
+                f"connector 'gated_cross_attention' has a block every {config.every} decoder "
+                f"layers, but the language model has {host.num_layers}; set a smaller every"
+            )
+        self._numbers = gated_layers(host.num_layers, config.every)
         self.blocks = nn.ModuleList(
             GatedCrossAttentionBlock(
                 text_dim,
-                self.dim_of_media,
+                self.media_dim(config, vision_dims),
                 config.num_heads,
                 config.head_dim,
                 config.hidden_factor,
@@ -98,27 +107,6 @@ class GatedCrossAttentionConnector(Connector[GatedCrossAttentionConfig]):
             for _ in self._numbers
         )
         self.placeholder = Placeholder(text_dim)
-
-    @classmethod
-    def build(
-        cls,
-        config: GatedCrossAttentionConfig,
-        vision_dims: Sequence[int],
-        text_dim: int,
-        host: HostShape | None,
-    ) -> Self:
-        """Build for the language model `host`.
-
-        Raises:
-            UserError: it has fewer layers than lie between two blocks.
-        """
-        assert host is not None
-        if host.num_layers < config.every:
-            raise UserError(
-                f"connector 'gated_cross_attention' has a block every {config.every} decoder "
-                f"layers, but the language model has {host.num_layers}; set a smaller every"
-            )
-        return cls(config, vision_dims, text_dim, host.num_layers)
 
     @classmethod
     def media_dim(cls, config: GatedCrossAttentionConfig, vision_dims: Sequence[int]) -> int:
@@ -146,14 +134,10 @@ class GatedCrossAttentionConnector(Connector[GatedCrossAttentionConfig]):
         side: Sequence[Tensor] | Media | None,
     ) -> Tensor:
         """Pass hidden states (B, L, E) through the block before a layer."""
+        assert side is None or isinstance(side, Media)
         number = self._numbers.index(site.layer)
         block: GatedCrossAttentionBlock = self.blocks[number]  # pyright: ignore
-        if side is None:
-            return block(hidden, hidden.new_zeros(len(hidden), 0, self.dim_of_media), None)
-        assert isinstance(side, Media)
-        mask = context.attend(side, self.config.scope).to(hidden.device)
-        media = side.tokens.to(hidden)
-        return block(hidden, media, mask, side.read(f"gated.{number}", block.read_media, media))
+        return block.pass_through(hidden, context, side, self.config.scope, f"gated.{number}")
 
     def published_keys(self) -> Mapping[str, Mapping[str, str | Layout]]:
         """Return OpenFlamingo's keys; its token for a view is a row of the embedding."""

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from connectors.cross_attention import Unseen, attend_media
+from connectors.cross_attention import MediaAttention, MediaBlock, Unseen
 from connectors.key_table import KeyTable
 
 
-class GatedCrossAttentionBlock(nn.Module):
+class GatedCrossAttentionBlock(MediaBlock):
     """Hidden states (B, L, E) look at media (B, M, D)."""
 
     def __init__(
@@ -50,14 +50,9 @@ class GatedCrossAttentionBlock(nn.Module):
             feed_forward_factor: how much wider than E the feed-forward part is.
             unseen: what a position finds that may look at no medium (`attend_media`).
         """
-        super().__init__()
-        self.num_heads = num_heads
-        self.unseen: Unseen = unseen
         inner_dim, wide = num_heads * head_dim, feed_forward_factor * dim
-        self.norm = nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, inner_dim, bias=False)
-        self.to_kv = nn.Linear(media_dim, 2 * inner_dim, bias=False)
-        self.to_out = nn.Linear(inner_dim, dim, bias=False)
+        norm = nn.LayerNorm(dim)
+        super().__init__(MediaAttention(norm, dim, media_dim, inner_dim, num_heads, unseen))
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(dim),
@@ -67,29 +62,11 @@ class GatedCrossAttentionBlock(nn.Module):
         )
         self.feed_forward_gate = nn.Parameter(torch.zeros(1))
 
-    def read_media(self, media: Tensor) -> Tensor:
-        """Return keys and values side by side, (B, M, 2 * heads * P), of media (B, M, D).
-
-        They are the same for every later token: a cache keeps them, not the media.
-        """
-        return self.to_kv(media)
-
     def forward(
         self, x: Tensor, media: Tensor, mask: Tensor | None, key_value: Tensor | None = None
     ) -> Tensor:
-        """Return hidden states (B, L, E).
-
-        Args:
-            x: (B, L, E).
-            media: (B, M, D); M may be 0.
-            mask: (B, L, M) bool, True where a position may look; None: everywhere.
-            key_value: what `read_media` gave of these media, if it is at hand.
-        """
-        key_value = self.read_media(media) if key_value is None else key_value
-        key, value = key_value.chunk(2, dim=-1)
-        query = self.to_q(self.norm(x))
-        found = attend_media(query, key, value, self.num_heads, mask, self.unseen)
-        x = x + self.attention_gate.tanh() * self.to_out(found)
+        """Return hidden states (B, L, E); the arguments are those of `MediaAttention`."""
+        x = x + self.attention_gate.tanh() * self.attention(x, media, mask, key_value)
         return x + self.feed_forward_gate.tanh() * self.feed_forward(x)
 
 
@@ -112,11 +89,11 @@ def gated_cross_attention_keys(layers: Sequence[int], ours: str) -> dict[str, Ke
         ours: name of our list of blocks and a dot, such as "blocks.".
     """
     parts = {
-        "attn.norm.weight": "norm.weight",
-        "attn.norm.bias": "norm.bias",
-        "attn.to_q.weight": "to_q.weight",
-        "attn.to_kv.weight": "to_kv.weight",
-        "attn.to_out.weight": "to_out.weight",
+        "attn.norm.weight": "attention.norm.weight",
+        "attn.norm.bias": "attention.norm.bias",
+        "attn.to_q.weight": "attention.query.weight",
+        "attn.to_kv.weight": "attention.key_value.weight",
+        "attn.to_out.weight": "attention.output.weight",
         "attn_gate": "attention_gate",
         "ff.0.weight": "feed_forward.0.weight",
         "ff.0.bias": "feed_forward.0.bias",

@@ -20,14 +20,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from connectors.cross_attention import attend_media
+from connectors.cross_attention import MediaAttention, MediaBlock
 from connectors.key_table import KeyTable
 from connectors.position_tables import resize_table
 
 _STD = 0.02  # of new weights: the reference's `initializer_range`
 
 
-class HighResolutionBlock(nn.Module):
+class HighResolutionBlock(MediaBlock):
     """Hidden states (B, L, E) look at features (B, M, D)."""
 
     def __init__(
@@ -42,37 +42,16 @@ class HighResolutionBlock(nn.Module):
             num_heads: heads of the language model.
             eps: of the norm, as in the language model.
         """
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.RMSNorm(dim, eps=eps)
-        self.query = nn.Linear(dim, inner_dim, bias=False)
-        self.key_value = nn.Linear(media_dim, 2 * inner_dim, bias=False)
-        self.output = nn.Linear(inner_dim, dim, bias=False)
-        for linear in (self.query, self.key_value, self.output):
+        norm = nn.RMSNorm(dim, eps=eps)
+        super().__init__(MediaAttention(norm, dim, media_dim, inner_dim, num_heads))
+        for linear in (self.attention.query, self.attention.key_value, self.attention.output):
             nn.init.normal_(linear.weight, std=_STD)
-
-    def read_media(self, media: Tensor) -> Tensor:
-        """Return keys and values side by side, (B, M, 2 * I), of features (B, M, D).
-
-        They are the same for every later token: a cache keeps them, not the features.
-        """
-        return self.key_value(media)
 
     def forward(
         self, x: Tensor, media: Tensor, mask: Tensor | None, key_value: Tensor | None = None
     ) -> Tensor:
-        """Return hidden states (B, L, E).
-
-        Args:
-            x: (B, L, E).
-            media: (B, M, D); M may be 0.
-            mask: (B, L, M) bool, True where a position may look; None: everywhere.
-            key_value: what `read_media` gave of these features, if it is at hand.
-        """
-        key_value = self.read_media(media) if key_value is None else key_value
-        key, value = key_value.chunk(2, dim=-1)
-        query = self.query(self.norm(x))
-        return x + self.output(attend_media(query, key, value, self.num_heads, mask))
+        """Return hidden states (B, L, E); the arguments are those of `MediaAttention`."""
+        return x + self.attention(x, media, mask, key_value)
 
 
 class LearnedPositions(nn.Module):
@@ -98,10 +77,10 @@ def high_resolution_keys(layers: Sequence[int], ours: str, positions: str) -> di
         positions: name of our `LearnedPositions` and a dot, such as "positions.".
     """
     parts = {
-        "cross_attn.query.weight": "query.weight",
-        "cross_attn.key_value.weight": "key_value.weight",
-        "cross_attn.dense.weight": "output.weight",
-        "post_cross_attention_layernorm.weight": "norm.weight",
+        "cross_attn.query.weight": "attention.query.weight",
+        "cross_attn.key_value.weight": "attention.key_value.weight",
+        "cross_attn.dense.weight": "attention.output.weight",
+        "post_cross_attention_layernorm.weight": "attention.norm.weight",
     }
     table = "model.cross_vision.pos_embed"
     keys, roots = {table: f"{positions}table"}, [table]

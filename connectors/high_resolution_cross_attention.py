@@ -16,11 +16,11 @@ Follows `modeling_cogagent.py` of THUDM/cogagent-chat-hf; section 2.2 of arXiv:2
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 from torch import Tensor, nn
 
-from connectors.base import Connector, ConnectorConfig, join_channels
+from connectors.base import ConnectorConfig, InsideConnector, join_channels
 from connectors.config import check_positive
 from connectors.errors import UserError
 from connectors.fusion import FusionContext, HostShape, LayerSite, Media
@@ -48,7 +48,7 @@ class HighResolutionConfig(ConnectorConfig):
         )
 
 
-class HighResolutionConnector(Connector[HighResolutionConfig]):
+class HighResolutionConnector(InsideConnector[HighResolutionConfig]):
     """A `HighResolutionBlock` in every decoder layer."""
 
     config_class = HighResolutionConfig
@@ -67,31 +67,18 @@ class HighResolutionConnector(Connector[HighResolutionConfig]):
         Raises:
             UserError: the language model's heads do not divide the attention's width.
         """
-        super().__init__(config, vision_dims, text_dim)
+        super().__init__(config, vision_dims, text_dim, host)
         if config.inner_dim % host.num_heads:
             raise UserError(
                 f"connector 'high_resolution_cross_attention': inner_dim {config.inner_dim} is no "
                 f"multiple of the language model's {host.num_heads} heads; choose another"
             )
         dim = sum(vision_dims)
-        self.dim_of_media = dim
         self.positions = LearnedPositions(config.position_side, dim)
         self.blocks = nn.ModuleList(
             HighResolutionBlock(text_dim, dim, config.inner_dim, host.num_heads, host.norm_eps)
             for _ in host.layers
         )
-
-    @classmethod
-    def build(
-        cls,
-        config: HighResolutionConfig,
-        vision_dims: Sequence[int],
-        text_dim: int,
-        host: HostShape | None,
-    ) -> Self:
-        """Build for the language model `host`."""
-        assert host is not None
-        return cls(config, vision_dims, text_dim, host)
 
     def side(self, features: Sequence[Tensor], tokens: Tensor | None) -> Sequence[Tensor]:
         """Return features (T, H, W, D_i), with learned positions, as media (T, H * W, D)."""
@@ -109,14 +96,10 @@ class HighResolutionConnector(Connector[HighResolutionConfig]):
         side: Sequence[Tensor] | Media | None,
     ) -> Tensor:
         """Pass hidden states (B, L, E) through a layer's block."""
+        assert side is None or isinstance(side, Media)
         block: HighResolutionBlock = self.blocks[site.layer]  # pyright: ignore
-        if side is None:
-            return block(hidden, hidden.new_zeros(len(hidden), 0, self.dim_of_media), None)
-        assert isinstance(side, Media)
-        mask = context.attend(side, self.config.scope).to(hidden.device)
-        media = side.tokens.to(hidden)
-        key_value = side.read(f"high_resolution.{site.layer}", block.read_media, media)
-        return block(hidden, media, mask, key_value)
+        name = f"high_resolution.{site.layer}"
+        return block.pass_through(hidden, context, side, self.config.scope, name)
 
     def published_keys(self) -> Mapping[str, Mapping[str, str | Layout]]:
         """Return CogAgent's keys."""

@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from connectors.beside_linears import published_modules
+from connectors.fusion import Role
 from connectors.key_table import GroupedHeads, KeyTable, Layout, Repeated
 
 
@@ -114,7 +116,7 @@ def join_rows(rest: Tensor, others: Tensor, own: Tensor, rows: Tensor) -> Tensor
 
 
 # XComposer2's names of the linear layers of a decoder layer, and what each computes.
-_LINEARS = {
+_LINEARS: dict[str, tuple[Role, ...]] = {
     "attention.wqkv": ("q", "k", "v"),
     "attention.wo": ("o",),
     "feed_forward.w1": ("gate",),
@@ -124,39 +126,37 @@ _LINEARS = {
 
 
 def partial_lora_keys(
-    layers: Sequence[Mapping[str, str]], num_key_heads: int, head_dim: int
+    layers: Sequence[Mapping[Role, str]], num_key_heads: int, head_dim: int
 ) -> dict[str, KeyTable]:
     """Return {format: {published key: ours}} of XComposer2's checkpoints: small matrices only.
 
-    Its `wqkv` makes queries, keys and values in groups of heads. Where ours are three layers, each
-    gets the first matrix whole, and its rows of the second.
+    Its `wqkv` makes queries, keys and values in groups of heads. Each of ours gets the first matrix
+    whole, and its rows of the second.
 
     Args:
         layers: of each decoder layer, {role: name of our `LowRank` and a dot}, such as {"q":
-            "layers.0.self_attn_q_proj."}; "q", "k" and "v" have the same name where the host has
-            `wqkv` as InternLM2 has it. Roles that are left out have no small matrices.
+            "layers.0.self_attn_q_proj."}. Roles that are left out have no small matrices.
         num_key_heads: heads of the keys.
         head_dim: channels of a head.
 
     Returns:
-        Nothing where a host joins gate and up, which have a first matrix each.
+        Nothing where a host joins layers that have small matrices of their own in the checkpoints,
+        or joins queries, keys and values, whose rows stand there in another order.
     """
+    modules = published_modules(layers, _LINEARS)
     keys: dict[str, str | Layout] = {}
-    roots = []
-    for i, names in enumerate(layers):
-        if "gate" in names and names["gate"] == names.get("up"):
-            return {}
-        for linear, roles in _LINEARS.items():
-            ours = list(dict.fromkeys(names[role] for role in roles if role in names))
-            if not ours:
-                continue
-            place = f"model.layers.{i}.{linear}.Plora_"
-            roots += [f"{place}A", f"{place}B"]
+    if modules is None:
+        return {}
+    for place, ours in modules.items():
+        first, second = f"{place}.Plora_A.weight", f"{place}.Plora_B.weight"
+        downs, ups = [f"{x}down.weight" for x in ours], [f"{x}up.weight" for x in ours]
+        if place.endswith("wqkv"):
             if len(ours) == 1:
-                keys |= {f"{place}A.weight": f"{ours[0]}down.weight"}
-                keys |= {f"{place}B.weight": f"{ours[0]}up.weight"}
-            else:
-                q, k, v = (f"{name}up.weight" for name in ours)
-                keys[f"{place}A.weight"] = Repeated(*(f"{name}down.weight" for name in ours))
-                keys[f"{place}B.weight"] = GroupedHeads(q, k, v, num_key_heads, head_dim)
+                return {}
+            q, k, v = ups
+            keys[first] = Repeated(*downs)
+            keys[second] = GroupedHeads(q, k, v, num_key_heads, head_dim)
+        else:
+            (keys[first],), (keys[second],) = downs, ups
+    roots = [key.removesuffix(".weight") for key in keys]
     return {"xcomposer2": KeyTable(keys, roots)}

@@ -1,6 +1,6 @@
 """What stands for a language model's linear layers at image tokens? CogVLM's visual expert.
 
-Shapes: B batch, L positions, K image tokens of the batch, C channels in, F channels out.
+Shapes: B batch, L positions.
 
 Each linear layer of a decoder layer has a second one for image tokens; attention itself, and the
 norms, are one for all tokens. The second weights begin as copies of the first.
@@ -17,41 +17,13 @@ Follows `modeling_cogvlm.py` of THUDM/cogvlm2-llama3-chat-19B; section 2.1 of ar
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from connectors.beside_linears import published_modules
+from connectors.fusion import Role
 from connectors.key_table import KeyTable, Layout, Stacked
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """One linear layer of a decoder layer, by its path in it."""
-
-    name: str
-    in_dim: int
-    out_dim: int
-    bias: bool
-
-
-class LayerExperts(nn.Module):
-    """The experts of one decoder layer."""
-
-    def __init__(self, shapes: Sequence[ExpertShape]) -> None:
-        super().__init__()
-        self.linears = nn.ModuleDict(
-            {key_of(s.name): nn.Linear(s.in_dim, s.out_dim, bias=s.bias) for s in shapes}
-        )
-
-    def forward(self, name: str, x: Tensor) -> Tensor:
-        """Map image tokens (K, C) to (K, F) with the expert of the linear layer `name`."""
-        return self.linears[key_of(name)](x)
-
-
-def key_of(name: str) -> str:
-    """Return a path as the name of a module, which has no dots."""
-    return name.replace(".", "_")
 
 
 @torch.no_grad()
@@ -102,7 +74,7 @@ def shared_positions(images: Tensor, documents: Tensor | None = None) -> Tensor:
 
 
 # CogVLM's names of the second linear layers of a decoder layer, and what each computes.
-_LINEARS = {
+_LINEARS: dict[str, tuple[Role, ...]] = {
     "self_attn.vision_expert_query_key_value": ("q", "k", "v"),
     "self_attn.vision_expert_dense": ("o",),
     "mlp.vision_mlp.gate_proj": ("gate",),
@@ -112,13 +84,13 @@ _LINEARS = {
 
 
 def visual_expert_keys(
-    layers: Sequence[Mapping[str, str]], qkv_sizes: Sequence[int], *, qkv_bias: bool
+    layers: Sequence[Mapping[Role, str]], qkv_sizes: Sequence[int], *, qkv_bias: bool
 ) -> dict[str, KeyTable]:
     """Return {format: {published key: ours}} of CogVLM's and CogVLM2's checkpoints: experts only.
 
     Args:
         layers: of each decoder layer, {role: name of our expert and a dot}, such as {"q":
-            "layers.0.linears.self_attn_q_proj."}; roles that one layer computes have the same name.
+            "layers.0.self_attn_q_proj."}; roles that one layer computes have the same name.
             Roles that are left out have no expert.
         qkv_sizes: rows of queries, keys and values.
         qkv_bias: whether their expert adds a bias (CogVLM2).
@@ -126,19 +98,14 @@ def visual_expert_keys(
     Returns:
         Nothing where a host joins gate and up, which are two layers in the checkpoints.
     """
+    modules = published_modules(layers, _LINEARS)
     keys: dict[str, str | Layout] = {}
-    roots = []
-    for i, names in enumerate(layers):
-        if "gate" in names and names["gate"] == names.get("up"):
-            return {}
-        for linear, roles in _LINEARS.items():
-            ours = list(dict.fromkeys(names[role] for role in roles if role in names))
-            if not ours:
-                continue
-            place = f"model.layers.{i}.{linear}"
-            roots.append(place)
-            for kind in ("weight", "bias") if qkv_bias and "q" in roles else ("weight",):
-                parts = [f"{name}{kind}" for name in ours]
-                stacked = Stacked(*parts, sizes=qkv_sizes)
-                keys[f"{place}.{kind}"] = parts[0] if len(parts) == 1 else stacked
-    return {"cogvlm": KeyTable(keys, roots)}
+    if modules is None:
+        return {}
+    for place, ours in modules.items():
+        joined = place.endswith("query_key_value")
+        for kind in ("weight", "bias") if joined and qkv_bias else ("weight",):
+            parts = [f"{name}{kind}" for name in ours]
+            stacked = Stacked(*parts, sizes=qkv_sizes)
+            keys[f"{place}.{kind}"] = parts[0] if len(parts) == 1 else stacked
+    return {"cogvlm": KeyTable(keys, list(modules))}

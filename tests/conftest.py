@@ -92,15 +92,25 @@ def _vision_encoder() -> VisionEncoder:
     return build_vision_encoder(VISION_CONFIG)
 
 
+def _two_encoders() -> VisionEncoder:
+    finer = {**VISION_CONFIG["architecture"], "image_size": 2 * VIEW_SIZE, "hidden_size": 16}
+    torch.manual_seed(1)
+    return build_vision_encoder(
+        {"type": "several", "encoders": [VISION_CONFIG, {**VISION_CONFIG, "architecture": finer}]}
+    )
+
+
 def _model(
     tiling: dict[str, Any] | None = None,
     chat_template: str = "chatml",
     kind: str = "llama",
     tied: bool = False,
     connector: dict[str, Any] | None = None,
+    vision_encoder: VisionEncoder | None = None,
     **changes: Any,
 ) -> tuple[VlmForConditionalGeneration, VlmProcessor]:
-    encoder, language_model = _vision_encoder(), _language_model(kind, tied, **changes)
+    encoder = vision_encoder or _vision_encoder()
+    language_model = _language_model(kind, tied, **changes)
     torch.manual_seed(2)
     model, processor = assemble(
         encoder,
@@ -137,8 +147,14 @@ def make_vision_encoder() -> Callable[..., VisionEncoder]:
 
 
 @pytest.fixture(scope="session")
+def make_two_encoders() -> Callable[..., VisionEncoder]:
+    """() -> two SigLIPs side by side, of 4 x 4 and 8 x 8 features."""
+    return _two_encoders
+
+
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., tuple[VlmForConditionalGeneration, VlmProcessor]]:
-    """(tiling, chat_template, kind, tied, connector, **LM config) -> (model, processor)."""
+    """(tiling, chat_template, kind, tied, connector, vision_encoder, **LM config) -> both."""
     return _model
 
 

@@ -7,7 +7,6 @@ from connectors import build_connector, connector_token_grid, resolve_connector_
 from connectors.chain import ConnectorChain
 from connectors.errors import UserError
 from connectors.fusion import HostLinear, HostShape
-from connectors.gated_cross_attention import GatedCrossAttentionConnector
 
 MLP = {"type": "mlp"}
 LORA = {"type": "partial_lora", "rank": 2}
@@ -79,8 +78,6 @@ def test_what_takes_tokens_says_how_wide_they_are_wherever_it_stands(config) -> 
     (media,) = sides[len(config) - 1]
     assert media.shape == (2, 3, 12) and tokens.shape == (2, 1, 16)
     assert chain.view_token_grid([(4, 4), (4, 4)]) == (1, 1)
-    gated = chain.parts[-1]
-    assert isinstance(gated, GatedCrossAttentionConnector) and gated.dim_of_media == 12
 
 
 def test_one_connector_may_choose_its_maps_too() -> None:

@@ -18,13 +18,7 @@ from connectors.token_routed_linear import (
     other_rows,
     partial_lora_keys,
 )
-from connectors.visual_expert_blocks import (
-    ExpertShape,
-    LayerExperts,
-    copy_linear,
-    shared_positions,
-    visual_expert_keys,
-)
+from connectors.visual_expert_blocks import copy_linear, shared_positions, visual_expert_keys
 
 NONE = torch.empty(0, dtype=torch.long)
 
@@ -127,15 +121,14 @@ def test_other_rows():
 
 
 def test_an_expert_begins_as_the_language_models_own_layer():
-    experts = LayerExperts([ExpertShape("self_attn.q_proj", 6, 10, True)])
-    base = nn.Linear(6, 10, bias=False)
-    copy_linear(experts.linears["self_attn_q_proj"], base)
+    expert, base = nn.Linear(6, 10), nn.Linear(6, 10, bias=False)
+    copy_linear(expert, base)
     x = torch.randn(3, 6)
-    torch.testing.assert_close(experts("self_attn.q_proj", x), base(x))
-    assert experts.linears["self_attn_q_proj"].weight is not base.weight
+    torch.testing.assert_close(expert(x), base(x))
+    assert expert.weight is not base.weight
     with_bias = nn.Linear(6, 10)
-    copy_linear(experts.linears["self_attn_q_proj"], with_bias)
-    torch.testing.assert_close(experts("self_attn.q_proj", x), with_bias(x))
+    copy_linear(expert, with_bias)
+    torch.testing.assert_close(expert(x), with_bias(x))
 
 
 def test_positions_are_shared_image_by_image_and_begin_anew_in_each_document():
@@ -173,7 +166,7 @@ def test_positions_that_see_nothing_have_finite_gradients(make, count):
 def test_kept_keys_and_values_are_those_of_the_whole_pass(make):
     block, (x, media, mask) = make(), inputs()
     whole = block(x, media, mask)
-    kept = block.read_media(media)
+    kept = block.attention.read_media(media)
     step = block(x[:, 4:], media[:, :0], mask[:, 4:], kept)
     torch.testing.assert_close(step, whole[:, 4:])
 
@@ -212,7 +205,7 @@ def test_new_blocks():
     block = GatedCrossAttentionBlock(12, 8, 2, 4)
     x, media, mask = inputs()
     assert torch.equal(block(x, media, mask), x)
-    weight = HighResolutionBlock(256, 64, 64, 2).query.weight
+    weight = HighResolutionBlock(256, 64, 64, 2).attention.query.weight
     assert abs(weight.std().item() - 0.02) < 1e-3
 
 
@@ -295,3 +288,13 @@ def test_keys_of_hosts_with_split_and_joined_layers():
     joined = {**SPLIT, "up": SPLIT["gate"]}
     assert partial_lora_keys([joined], 2, 3) == {}
     assert visual_expert_keys([joined], [4, 2, 2], qkv_bias=True) == {}
+
+
+def test_keys_where_queries_keys_and_values_are_one_layer_or_not_all_served():
+    one = dict.fromkeys("qkv", "layers.0.qkv.")
+    assert partial_lora_keys([one], 2, 3) == {}  # its rows stand otherwise than the published ones
+    (table,) = visual_expert_keys([one], [4, 2, 2], qkv_bias=False).values()
+    assert list(table.values()) == ["layers.0.qkv.weight"]
+    some = {"q": "layers.0.q.", "v": "layers.0.v."}
+    assert partial_lora_keys([some], 2, 3) == {}
+    assert visual_expert_keys([some], [4, 2, 2], qkv_bias=False) == {}

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from connectors.beside_linears import key_of
 from connectors.checkpoint_keys import read_published, translate_back
 from connectors.gated_cross_attention_blocks import (
     GatedCrossAttentionBlock,
@@ -21,13 +22,9 @@ from connectors.high_resolution_blocks import (
     LearnedPositions,
     high_resolution_keys,
 )
+from connectors.key_table import GroupedHeads
 from connectors.token_routed_linear import LowRank, TokenRoutedLinear, partial_lora_keys
-from connectors.visual_expert_blocks import (
-    ExpertShape,
-    LayerExperts,
-    shared_positions,
-    visual_expert_keys,
-)
+from connectors.visual_expert_blocks import shared_positions, visual_expert_keys
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 VALUES, GRADIENTS = {"rtol": 0, "atol": 2e-5}, {"rtol": 0, "atol": 1e-4}
@@ -72,7 +69,7 @@ def test_flamingo(variant):
     tensors = under(golden("openflamingo_gated_xattn"), f"{variant}.")
     block = GatedCrossAttentionBlock(24, 32, 4, 8)
     blocks = nn.ModuleDict({"blocks": nn.ModuleList([block])})
-    block.unseen = "zero" if variant == "immediate" else "uniform"
+    block.attention.unseen = "zero" if variant == "immediate" else "uniform"
     for name, place in PLACES.items():
         published = {f"lang_encoder.{place}{k}": v for k, v in under(tensors, "param.").items()}
         load(blocks, gated_cross_attention_keys([3], "blocks."), name, published)
@@ -93,7 +90,7 @@ def test_flamingo(variant):
         tensors["cached_x"],
         media.flatten(1, 2)[:, :0],
         sees(text_time[:, -1:]),
-        block.read_media(media.flatten(1, 2)),
+        block.attention.read_media(media.flatten(1, 2)),
     )
     torch.testing.assert_close(step, tensors["cached_output"], **VALUES)
 
@@ -145,30 +142,51 @@ def test_cogagent():
     check_gradient(media, tensors, "grad.encoder_outputs")
 
 
+GROUPED = GroupedHeads("q", "k", "v", num_key_heads=2, head_dim=5)  # of the golden's 40 rows
+
+
+class SplitLinear(nn.Module):
+    """The golden's joined layer as a host has it: queries, keys and values apart, routed."""
+
+    def __init__(self, weight, scale):
+        super().__init__()
+        self.bases = nn.ModuleDict()
+        for name, rows in zip("qkv", GROUPED.split(weight), strict=True):
+            self.bases[name] = nn.Linear(*rows.shape[::-1], bias=False)
+            self.bases[name].load_state_dict({"weight": rows})
+        self.added = nn.ModuleDict(
+            {name: LowRank(24, b.out_features, 6, 6 * scale) for name, b in self.bases.items()}
+        )
+
+    def forward(self, x, rows):
+        made = [TokenRoutedLinear(self.bases[n], self.added[n])(x, rows) for n in "qkv"]
+        return GROUPED.join([part.movedim(-1, 0) for part in made]).movedim(0, -1)
+
+
 @pytest.mark.parametrize(("prefix", "scale"), [("", 1.0), ("scaled_", 2.0)])
 def test_partial_lora(prefix, scale):
     tensors = golden("plora")
     state = under(tensors, f"{prefix}param.")
-    low_rank = LowRank(24, 40, 6, 6 * scale)
-    layer = nn.ModuleDict({"wqkv": low_rank})
+    layer = SplitLinear(state["weight"], scale)
     place = "model.layers.0.attention.wqkv."
     published = {place + k: v for k, v in state.items() if "Plora" in k}
-    tables = partial_lora_keys([dict.fromkeys("qkv", "wqkv.")], 2, 5)
-    load(layer, tables, "xcomposer2", {k: v for k, v in published.items() if "Plora" in k})
-    base = nn.Linear(24, 40, bias="bias" in state)
-    base.load_state_dict({k: v for k, v in state.items() if "Plora" not in k})
-    routed = TokenRoutedLinear(base, low_rank)
+    names = {role: f"{role}." for role in "qkv"}
+    load(layer.added, partial_lora_keys([names], 2, 5), "xcomposer2", published)
     x = tensors["input"].clone().requires_grad_()
-    output = routed(x, tensors["im_mask"].flatten().nonzero()[:, 0])
-    torch.testing.assert_close(output, tensors[f"{prefix}output"], **VALUES)
+    output = layer(x, tensors["im_mask"].flatten().nonzero()[:, 0])
+    bias = state.get("bias", torch.zeros(()))
+    torch.testing.assert_close(output + bias, tensors[f"{prefix}output"], **VALUES)
     if prefix:
         return
     (output * tensors["cotangent"]).sum().backward()
     check_gradient(x, tensors, "grad.input")
-    check_gradient(base.weight, tensors, "gradp.weight")
-    check_gradient(low_rank.down.weight, tensors, "gradp.Plora_A.weight")
-    check_gradient(low_rank.up.weight, tensors, "gradp.Plora_B.weight")
-    nobody = routed(x, torch.empty(0, dtype=torch.long))
+    added = [layer.added[n] for n in "qkv"]
+    weights = GROUPED.join([layer.bases[n].weight.grad for n in "qkv"])
+    downs = sum(one.down.weight.grad for one in added)  # one matrix there, three equal ones here
+    ups = GROUPED.join([one.up.weight.grad for one in added])
+    for found, name in ((weights, "weight"), (downs, "Plora_A.weight"), (ups, "Plora_B.weight")):
+        torch.testing.assert_close(found, tensors[f"gradp.{name}"], **GRADIENTS)
+    nobody = layer(x, torch.empty(0, dtype=torch.long)) + bias
     torch.testing.assert_close(nobody, tensors["output_no_image"], **VALUES)
 
 
@@ -227,19 +245,17 @@ def test_cogvlm_in_a_layer_of_llama():
     tensors = golden("cogvlm_expert_layer")
     state = under(tensors, "param.")
     layer = llama_layer(state)
-    shapes = [
-        ExpertShape(name, linear.in_features, linear.out_features, ROLES[name] in "qkv")
-        for name in ROLES
-        for linear in [linear_at(layer, name)]
-    ]
-    experts = LayerExperts(shapes)
-    names = {role: f"linears.{name.replace('.', '_')}." for name, role in ROLES.items()}
+    experts, names = nn.ModuleDict(), {}
+    for name, role in ROLES.items():
+        base, own = linear_at(layer, name), key_of(name)
+        experts[own] = nn.Linear(base.in_features, base.out_features, bias=role in "qkv")
+        names[role] = f"{own}."
     published = {f"model.layers.0.{k}": v for k, v in state.items() if ".vision_" in k}
     load(experts, visual_expert_keys([names], [32, 16, 16], qkv_bias=True), "cogvlm", published)
     rows = tensors["vision_expert_mask"].flatten().nonzero()[:, 0]
     for name in ROLES:
-        expert = experts.linears[name.replace(".", "_")]
-        layer.set_submodule(name, Chosen(layer.get_submodule(name), expert, rows))
+        chosen = Chosen(layer.get_submodule(name), experts[key_of(name)], rows)
+        layer.set_submodule(name, chosen)
     x = tensors["hidden_states"].requires_grad_()
     still = torch.ones(1, 8, 8), torch.zeros(1, 8, 8)  # the golden has no rotary positions
     causal = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]

@@ -1,4 +1,4 @@
-"""Do connectors inside the language model do what those before it do, in every use of the model?"""
+"""Does every connector, before or inside the language model, serve in every use of the model?"""
 
 import copy
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
+
+from connectors import CONNECTORS
 
 LORA = {"type": "partial_lora", "rank": 4, "alpha": 4.0, "dropout": 0.0}
 GATED = {"type": "gated_cross_attention", "every": 1, "num_heads": 2, "head_dim": 4}
@@ -51,11 +53,33 @@ CHAINS = {
     "flamingo_previous": [PERCEIVER, {**GATED, "scope": "previous", "every": 2}],
     "visual_expert": [{"type": "mlp"}, {"type": "visual_expert"}],
     "cogagent": [{"type": "mlp"}, HIGH_RESOLUTION],
-    "sva": SVA,
+    "sva_in_llm": SVA,
     "cambrian": {**SVA, "query_strides": [1, 2]},
     "instructblip": INSTRUCTBLIP,
     "everything": [{"type": "mlp"}, LORA, HIGH_RESOLUTION, {"type": "deepstack"}],
 }
+# Those before the language model, with sizes where the published ones are too large.
+QUERIES = {"num_queries": 4, "num_heads": 2}
+BEFORE = {
+    "cabstractor": {"hidden_dim": 8, "depth": 1},
+    "channel_concat": {},
+    "fuyu": {},
+    "idefics2_perceiver": QUERIES
+    | {"num_layers": 1, "num_key_heads": 1, "head_dim": 4, "projection_dim": 8},
+    "kan": {},
+    "linear": {},
+    "minicpm_resampler": QUERIES,
+    "minigemini": {},
+    "perceiver": QUERIES | {"num_layers": 1, "head_dim": 4},
+    "pixel_shuffle": {},
+    "pooling": {},
+    "qformer": QUERIES | {"hidden_dim": 8, "num_layers": 2, "feed_forward_dim": 8, "dropout": 0.0},
+    "qwen2vl_merger": {},
+    "qwen_vl": QUERIES,
+    "sva": {"hidden_dim": 8, "num_heads": 2, "depth": 1, "windows": [1, 2]},
+}
+CHAINS |= {name: {"type": name, **sizes} for name, sizes in BEFORE.items()}
+OF_TWO_MAPS = {"channel_concat", "minigemini", "sva"}
 TILINGS = {"cambrian": {"type": "pad", "unpad": True}}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -66,13 +90,15 @@ def chain(request):
 
 
 @pytest.fixture
-def make(make_model, bert_tokenizer_folder):
+def make(make_model, make_two_encoders, bert_tokenizer_folder):
     """(chain, **options) -> (model, processor), the connector's zeros and gates filled."""
 
     def build(chain, **options):
         connector = CHAINS[chain]
         if connector == INSTRUCTBLIP:
             connector = {**connector, "tokenizer": str(bert_tokenizer_folder)}
+        if chain in OF_TWO_MAPS:
+            options["vision_encoder"] = make_two_encoders()
         options = {"tiling": TILINGS.get(chain), **options}
         model, processor = make_model(connector=connector, **options)
         torch.manual_seed(3)
@@ -86,6 +112,11 @@ def make(make_model, bert_tokenizer_folder):
 
 def without_labels(row):
     return {key: value for key, value in row.items() if key != "labels"}
+
+
+def test_every_connector_has_a_row() -> None:
+    chains = [chain if isinstance(chain, list) else [chain] for chain in CHAINS.values()]
+    assert {part["type"] for chain in chains for part in chain} == set(CONNECTORS)
 
 
 def test_cached_generation_equals_the_full_pass_in_a_padded_mixed_batch(chain, make, rows) -> None:
