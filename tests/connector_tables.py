@@ -183,7 +183,7 @@ def put(page: str, marker: str, table: str) -> str:
 
 def main() -> int:
     """Run the tests and write the tables; 1, and no tables, if anything failed or is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--print", dest="only_print", action="store_true", help="print the tables, leave the page"
     )
