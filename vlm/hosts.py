@@ -2,6 +2,7 @@
 
 Connectors that act inside the language model need it; a new family is one entry of HOSTS.
 
+InternLM2 is loaded as a Llama (vlm/internlm2.py).
 Surprise: the place between attention and feed-forward part is no module. The residual is added
 inline, so what is to be added there is added to the branch that ends before (`attention_end`).
 """
@@ -58,25 +59,12 @@ _PHI3 = HostFamily(
     },
     attention_end="resid_attn_dropout",
 )
-_INTERNLM2 = HostFamily(  # the modelling file that comes with its weights
-    linears={
-        "attention.wqkv": ("q", "k", "v"),
-        "attention.wo": ("o",),
-        "feed_forward.w1": ("gate",),
-        "feed_forward.w3": ("up",),
-        "feed_forward.w2": ("down",),
-    },
-    attention="attention",
-    attention_start="attention_norm",
-    attention_end="attention",
-)
 
 # model_type of the language model's config -> its family.
 HOSTS: dict[str, HostFamily] = {
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
-    "internlm2": _INTERNLM2,
     "internlm3": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,

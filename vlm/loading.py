@@ -24,6 +24,7 @@ from vlm.encoders import load_vision_encoder
 from vlm.encoders.base import VisionEncoder
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
+from vlm.internlm2 import is_internlm2, load_internlm2
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
 from vlm.tiling import build_tiling, tiling_config
@@ -261,7 +262,11 @@ def _load_language_model(
     """Load a language model and, if none is given, its tokenizer."""
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        if is_internlm2(source):
+            return load_internlm2(source), tokenizer
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+    except UserError:
+        raise  # it is a ValueError too
     except (OSError, ValueError) as error:
         raise UserError(
             f"the language model {source} cannot be loaded: {_first_line(error)}"

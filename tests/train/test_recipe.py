@@ -86,6 +86,7 @@ MISTAKES = {
     "--model.dtype float64": ["'dtype' must be one of"],
     "--model.checkpoint runs/x": ["either checkpoint or vision_encoder"],
     "--model.language_model null": ["needs language_model"],
+    "--model.vision_encoder null": ["needs vision_encoder", "{type: patches} is none"],
     "--stages.allign.max_length 3": ["there is no 'allign'", "did you mean 'align'?"],
     "--stages.align.trainable.conector 1e-3": ["stages.align.trainable", "mean 'connector'?"],
     "--stages.align.trainable.connector fast": ["must be a learning rate", "'fast'"],

@@ -26,7 +26,7 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-FAMILIES = [name for name in HOSTS if name != "internlm2"]  # not in transformers
+FAMILIES = list(HOSTS)
 
 
 def language_model(kind):
