@@ -39,6 +39,7 @@ class OpenClipEncoder(VisionEncoder[OpenClipEncoderConfig]):
 
     type_name = "open_clip"
     config_class = OpenClipEncoderConfig
+    gradient_checkpointing = False  # transformers sets it on every module that has it
 
     def __init__(self, config: OpenClipEncoderConfig, tower: Any = None) -> None:
         """Build the tower, or take a loaded one, and drop what makes no features."""
@@ -102,6 +103,7 @@ class OpenClipEncoder(VisionEncoder[OpenClipEncoderConfig]):
 
     def extract(self, pixel_values: Tensor) -> Sequence[Tensor]:
         """Return the feature maps (T, H, W, D) of pictures (T, 3, S, S), class token dropped."""
+        timm_features.recompute(self.model, self.gradient_checkpointing and self.training)
         if self.is_timm:
             return timm_features.extract(self.model, pixel_values, self.positions, self.normed)
         ascending = sorted(set(self.positions))  # the order in which they come back

@@ -36,6 +36,7 @@ class TimmEncoder(VisionEncoder[TimmEncoderConfig]):
 
     type_name = "timm"
     config_class = TimmEncoderConfig
+    gradient_checkpointing = False  # transformers sets it on every module that has it
 
     def __init__(self, config: TimmEncoderConfig, model: Any = None) -> None:
         """Build the model, or take a loaded one, and drop what makes no features."""
@@ -75,6 +76,7 @@ class TimmEncoder(VisionEncoder[TimmEncoderConfig]):
 
     def extract(self, pixel_values: Tensor) -> Sequence[Tensor]:
         """Return the feature maps (T, H, W, D) of pictures (T, 3, S, S)."""
+        timm_features.recompute(self.model, self.gradient_checkpointing and self.training)
         return timm_features.extract(self.model, pixel_values, self.positions, self.normed)
 
     def save_weights(self, folder: Path) -> None:

@@ -77,6 +77,21 @@ def extract(
     return [maps[ascending.index(position)].permute(0, 2, 3, 1) for position in positions]
 
 
+def recompute(model: Any, wanted: bool) -> None:
+    """Have the model's own switch compute its blocks again in the backward pass, or not.
+
+    Raises:
+        UserError: it is wanted, and the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing(wanted)
+    except AssertionError as error:  # what timm says of a model without it
+        raise UserError(
+            f"vision encoder: {type(model).__name__} cannot be recomputed ({error}); freeze the "
+            "encoder, or leave out training.gradient_checkpointing"
+        ) from error
+
+
 def apply_norm(norm: nn.Module, features: Tensor) -> Tensor:
     """Return the norm of (T, D, H, W) features at every position, same shape."""
     if isinstance(norm, CHANNELS_FIRST):

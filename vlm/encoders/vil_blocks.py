@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.encoders.mlstm import mlstm
 from vlm.encoders.position_resize import resize_positions
@@ -156,7 +157,7 @@ class Layer(nn.Module):
         return self.conv(picture).permute(0, 2, 3, 1).flatten(1, 2)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """x + layer(norm(x)), from the top left or from the bottom right."""
 
     def __init__(self, dim: int, version: Version, backward: bool) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.encoders.position_resize import Rule, class_token_places, insert_tokens, resize_positions
 from vlm.encoders.ssd_mixer import Mamba2Mixer
@@ -114,7 +115,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(weight.dtype)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """x + drop_path(mixer(norm(x))), (B, L, D) -> (B, L, D) in float32."""
 
     def __init__(self, dim: int, mixer: nn.Module, norm_eps: float, drop_rate: float) -> None:

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.encoders.cross_scan import REVERSE, Mode, inverse, join_walks, take_own, take_walks, walks
 from vlm.encoders.initial_weights import decay_logs, linear_weight, step_bias, step_weight
@@ -127,7 +128,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(GradientCheckpointingLayer):
     """x + SS2D(norm(x)), then x + MLP(norm2(x)) where there is an MLP."""
 
     def __init__(self, dim: int, a: VMambaArchitecture, drop_rate: float) -> None:
