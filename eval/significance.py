@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.intervals import BOOTSTRAP_DRAWS, BOOTSTRAP_SEED
+from eval.intervals import BOOTSTRAP_SEED
 from vlm.proportions import Interval
+
+PAIRED_DRAWS = 100_000  # the smallest p-value is 2 in so many; many rows' correction multiplies it
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -55,7 +57,7 @@ class PairedStratum:
 
 
 def paired_bootstrap(
-    strata: Sequence[PairedStratum], draws: int = BOOTSTRAP_DRAWS, seed: int = BOOTSTRAP_SEED
+    strata: Sequence[PairedStratum], draws: int = PAIRED_DRAWS, seed: int = BOOTSTRAP_SEED
 ) -> tuple[Interval, float]:
     """Return first minus second of a composite score, with its 95 % interval, and a p-value.
 

@@ -54,7 +54,7 @@ def draw(report: Json, path: Path) -> bool:
     figure.canvas.draw()  # fixes the axes, so that labels can be placed in their pixels
     figure.set_layout_engine("none")
     for axes, values in zip(panels, (flops, times), strict=True):
-        _label(axes, {name: (values[name][0], 100 * cells[name]["accuracy"]) for name in shown})
+        _label(axes, values, cells)
     figure.savefig(path)
     return True
 
@@ -90,6 +90,7 @@ def _panel(
         alpha=0.5,
         zorder=0,
     )
+    axes.set_title("green: no row is both cheaper and better", loc="right", fontsize=8, color=MUTED)
     lowest = min(100 * cell["low"] for cell in cells.values())
     if 100 * chance > lowest - 20:  # elsewhere the line would press all points together
         axes.axhline(100 * chance, color=MUTED, linestyle=":", linewidth=1)
@@ -118,28 +119,36 @@ def worth_it(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return chosen
 
 
-def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+def _label(axes: Any, costs: Spans, cells: Mapping[str, Json]) -> None:
     """Write each name beside its point, where it covers as little as possible."""
     scale = DPI / 72
-    places = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in places.values()]
+    places, taken = {}, []
+    for name, (cost, low, high) in costs.items():
+        value, below, above = (100 * cells[name][key] for key in ("accuracy", "low", "high"))
+        corners = [(cost, value), (low, below), (high, above)]
+        (x, y), (left, bottom), (right, top) = axes.transData.transform(corners)
+        places[name] = (x, y)
+        taken += [(x - 8, y - 8, x + 8, y + 8), (left, y - 2, right, y + 2)]
+        taken.append((x - 2, bottom, x + 2, top))
     inside = axes.get_window_extent().extents
     for name in sorted(places, key=lambda name: -places[name][1]):
         x, y = places[name]
         text = axes.annotate(name, (x, y), xycoords="figure pixels", fontsize=8, color=INK)
         extent = text.get_window_extent()
-        offset, box = place(x, y, extent.width, extent.height, taken, tuple(inside), scale)
         text.remove()
+        reach, box = place(x, y, extent.width, extent.height, taken, tuple(inside), scale)
         taken.append(box)
-        far = max(abs(offset[0]), abs(offset[1])) > 20
         axes.annotate(
             name,
-            points[name],
+            (costs[name][0], 100 * cells[name]["accuracy"]),
             xytext=((box[0] - x) / scale, (box[1] - y) / scale),
             textcoords="offset points",
+            va="bottom",
             fontsize=8,
             color=INK,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if far else None,
+            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6}
+            if reach > REACHES[1]
+            else None,
         )
 
 
@@ -151,8 +160,8 @@ def place(
     taken: Sequence[Box],
     inside: Sequence[float],
     scale: float = 1.0,
-) -> tuple[tuple[float, float], Box]:
-    """Return (offset in points, box in pixels) of the place that covers least, near ones first.
+) -> tuple[float, Box]:
+    """Return (distance in points, box in pixels) of the place that covers least, near ones first.
 
     Args:
         x: of the point, in pixels.
@@ -177,10 +186,10 @@ def place(
             outside = width * height - overlap(box, inside)
             covered = sum(overlap(box, other) for other in taken) + outside
             if covered <= 0.01 * width * height:
-                return (across * reach, up * reach), box
-            found.append((covered, (across * reach, up * reach), box))
-    _, offset, box = min(found, key=lambda entry: entry[0])
-    return offset, box
+                return reach, box
+            found.append((covered, reach, box))
+    _, reach, box = min(found, key=lambda entry: entry[0])
+    return reach, box
 
 
 def overlap(one: Sequence[float], other: Sequence[float]) -> float:

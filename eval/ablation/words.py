@@ -8,6 +8,7 @@ from eval.report import percent
 
 Json = Mapping[str, Any]
 SIGNIFICANT = 0.05
+NAMED = 3  # rows that are named per task, of those that differ
 
 
 def conclusion(report: Json) -> str:
@@ -52,13 +53,15 @@ def _split(
 
 
 def _sides(report: Json, column: str, names: Sequence[str], short: bool = False) -> str:
+    """Return which rows are better, which worse; the short form names the most different ones."""
     better, worse, neither = _split(report, column, names)
 
     def listed(chosen: Sequence[str]) -> str:
-        return ", ".join(
-            f"{name} ({percent_points(report['rows'][name]['scores'][column]['difference'])})"
-            for name in chosen
-        )
+        shown = chosen[:NAMED] if short else chosen
+        entries = (report["rows"][name]["scores"][column]["difference"] for name in shown)
+        texts = [f"{n} ({percent_points(e)})" for n, e in zip(shown, entries, strict=True)]
+        rest = len(chosen) - len(shown)
+        return ", ".join(texts) + (f" and {rest} more" if rest else "")
 
     texts = [
         f"significantly {word} {'are' if len(chosen) > 1 else 'is'} {listed(chosen)}"

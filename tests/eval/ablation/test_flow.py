@@ -2,18 +2,24 @@
 
 import argparse
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from eval.ablation import execution, flow
+from eval.ablation import execution, flow, gather
 from eval.ablation.cli import add_arguments
 from eval.ablation.cli import run as run_command
 from eval.runner import choose_indices
 from eval.tasks.cv_bench import CvBench
 from vlm.child_commands import Ended, only_one
 from vlm.errors import UserError
-from vlm.yaml_values import read_file
+from vlm.yaml_values import read_file, to_text
 
 COSTS = {
     "visual_tokens": 16.0, "parameters_connector": 1000, "parameters": 5000, "look_ms": 1.0,
@@ -64,6 +70,7 @@ class Fake:
                 path = Path(recipe["output_dir"]) / stage["name"] / "manifest.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(manifest | {"data": {"main": "same"}}))
+                (path.parent / "model.safetensors").touch()
         else:
             self.answer(Path(words[words.index("--out") + 1]), better=name != "mlp")
         return Ended(2.0, 100, [])
@@ -168,6 +175,42 @@ def test_dry_run_tells_and_runs_nothing(tmp_path, fake, ablate, capsys):
     assert not fake.ran and not (tmp_path / "out").exists()
 
 
+def test_answers_to_other_questions_are_not_compared(tmp_path, fake, ablate):
+    ablate("--vary", "connector=mlp,pooling")
+    path = tmp_path / "out/runs/pooling/seed5/eval/samples.jsonl"
+    head, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps({"identity": {"weights": "y", "parser": 0}}) + "\n" + rest)
+    with pytest.raises(UserError, match=r"were not asked alike \(parser differ"):
+        ablate("--vary", "connector=mlp,pooling")
+    assert "parser" not in head
+
+
+def test_other_bytes_under_the_same_name_are_another_start(fake, ablate, base, tmp_path):
+    source = tmp_path / "encoder"
+    shutil.copytree(base["model"]["vision_encoder"]["source"], source)
+    base["model"]["vision_encoder"]["source"] = str(source)
+    ablate("--vary", "connector=mlp,pooling")
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"start.*safetensors"):
+        ablate("--vary", "connector=mlp,pooling")
+
+
+def test_costs_are_kept_until_the_rows_change(tmp_path, fake, ablate, monkeypatch):
+    measured = []
+
+    def measure(models, *_):
+        measured.append(list(models))
+        return {name: dict(COSTS) for name in models}
+
+    monkeypatch.setattr(flow, "measured_costs", gather.measured_costs)
+    monkeypatch.setattr(gather, "measure", measure)
+    ablate("--vary", "connector=mlp,pooling")
+    ablate("--vary", "connector=mlp,pooling")
+    ablate("--vary", "connector=mlp,linear,pooling")
+    assert measured == [["mlp", "pooling"], ["mlp", "linear", "pooling"]]
+
+
 def test_changed_settings_in_the_same_folder_are_refused(fake, ablate, base):
     ablate("--vary", "connector=mlp,pooling")
     base["stages"][0]["length_window"] = 1
@@ -207,3 +250,69 @@ def test_two_at_once_and_foreign_folders_are_refused(tmp_path, fake, ablate):
     (foreign / "thing").touch()
     with pytest.raises(UserError, match="was not written by an ablation"):
         ablate("--vary", "connector=mlp,pooling")
+
+
+@pytest.fixture
+def real_recipe(encoder_folder, language_model_folder, make_image):
+    """(folder) -> a recipe of one stage with four records in the folder."""
+
+    def write(folder):
+        rows = []
+        for number in range(4):
+            make_image(seed=number).save(folder / f"{number}.png")
+            turns = [
+                {"from": "human", "value": "<image>\nWhat?"},
+                {"from": "gpt", "value": f"thing {number}"},
+            ]
+            rows.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
+        (folder / "data.json").write_text(json.dumps(rows))
+        training = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 1}
+        return {
+            "name": "tiny",
+            "output_dir": "unused",
+            "seed": 3,
+            "num_threads": 1,
+            "model": {
+                "vision_encoder": {"type": "transformers", "source": str(encoder_folder)},
+                "connector": {"type": "linear"},
+                "language_model": str(language_model_folder),
+                "chat_template": "chatml",
+            },
+            "stages": [
+                {
+                    "name": "align",
+                    "trainable": {"connector": 1e-3},
+                    "data": {"sources": [{"name": "main", "path": str(folder / "data.json")}]},
+                    "training": training,
+                }
+            ],
+        }
+
+    return write
+
+
+@pytest.mark.slow
+def test_a_killed_ablation_of_real_commands_goes_on_to_the_table(tmp_path, data, real_recipe):
+    """Trains, kills, trains on, scores and measures two connectors with the real commands."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_text(real_recipe(tmp_path)))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vlm", "ablate", str(recipe), "--data", str(data), "--out",
+               str(out), "--vary", "connector=mlp,{type: pooling, side: 2}", "--rounds", "2",
+               "--max-new-tokens", "4", "--limit", "8"]  # fmt: skip
+    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 600
+    while not (out / "runs/mlp/seed3/train/align/manifest.json").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-3000:]
+    rows = json.loads((out / "ablation.json").read_text())["rows"]
+    assert [rows[name]["costs"]["visual_tokens"] for name in rows] == [16, 4]
+    assert rows["pooling(side=2)"]["scores"]["Depth"]["difference"]["p"] <= 1
+    assert (out / "plot.png").exists() and (out / "table.csv").exists()
+    third = subprocess.run(command, capture_output=True, text=True)
+    assert third.stdout.count("done before") == 2
