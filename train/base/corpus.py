@@ -1,9 +1,11 @@
 """What does the base language model read? Questions and captions about scenes told in words.
 
-Every document is one turn in the `chatml` template, of one of two kinds:
+Every document is one turn in the `chatml` template, of one of three kinds:
 
 - a reply whose observations are given: the model learns what follows from them (the comparison, the
   name or number, the letter);
+- comparisons of two distances, many in a row: in a question about distances one word depends on the
+  comparison, too little to be learnt from every time.
 - a scene and a whole reply. The scene is told cell by cell, each cell's words ("yellow", "ball",
   "x3", "y5", "z4") laid over each other at one position, as a bag of words: the model learns to
   look things up among the cells. Empty cells say where they are and nothing else.
@@ -21,15 +23,17 @@ import numpy as np
 from data_recipes.scenes import questions as ask
 from data_recipes.scenes.layout import Difficulty, SceneBatch
 from data_recipes.scenes.sets import assign_boxes, training_examples
-from data_recipes.scenes.vocabulary import NUM_CELLS
+from data_recipes.scenes.vocabulary import BOX_NAMES, NUM_CELLS, NUM_DISTANCE_BINS, SHAPES
 
 # Closer calls than the benchmark's, so that the comparison itself is learnt.
 DIFFICULTY = Difficulty(solid_share=1.0, depth_ratio=1.15, distance_ratio=1.2)
-KINDS = (*ask.TASKS, *(f"{task} told" for task in (*ask.TASKS, "Caption", "Referring")))
+COMPARE, COMPARE_PROMPT = "Compare", "Which distance is smaller?"
+KINDS = (*ask.TASKS, COMPARE, *(f"{task} told" for task in (*ask.TASKS, "Caption", "Referring")))
 FLAT_EVERY = 5  # one scene in so many is flat, for its shapes' names
 # Distances are rare among a scene's questions and take the most learning (two numbers' difference,
 # axis by axis), so boxes are drawn anew this often in each solid scene to ask for more of them.
 MORE_DISTANCES = 2
+COMPARISONS = 8  # in one document
 SEEN_IN_DISTANCE = re.compile(r"^see[^,]*,| (?:blue|green) [xyz]\d")
 
 
@@ -71,6 +75,7 @@ def documents(seed: int, num_scenes: int, most_empty: int) -> Iterator[Document]
         for example in training_examples(number, None, seed, difficulty):
             scenes, row = example.scenes, example.row
             cells = tell_cells(scenes, row, int(rng.integers(most_empty + 1)), rng)
+            yield comparisons(rng)
             yield _told("Caption", ask.CAPTION_PROMPT, ask.caption(scenes, row), cells)
             referring = ask.referring(scenes, row, rng)
             if referring is not None:
@@ -81,6 +86,18 @@ def documents(seed: int, num_scenes: int, most_empty: int) -> Iterator[Document]
                 for boxed, question in _more_distances(scenes, row, rng):
                     empty = int(rng.integers(most_empty + 1))
                     yield from _both_kinds(question, tell_cells(boxed, 0, empty, rng))
+
+
+def comparisons(rng: np.random.Generator) -> Document:
+    """Return a document that says, pair by pair of given distances, which is smaller."""
+    pieces: list[tuple[str, bool]] = []
+    for _ in range(COMPARISONS):
+        bins = rng.choice(NUM_DISTANCE_BINS, 2, replace=False)
+        names = rng.choice(SHAPES, 2)
+        told = [f"{BOX_NAMES[2 + i]} d{bins[i]} {names[i]}" for i in (0, 1)]
+        pieces.append((f" {told[0]} , {told[1]} , so", False))
+        pieces.append((f" {told[int(bins.argmin())]} ,", True))
+    return Document(COMPARE, COMPARE_PROMPT, tuple(pieces), [])
 
 
 def _told(task: str, prompt: str, reply: str, cells: list[list[str]]) -> Document:

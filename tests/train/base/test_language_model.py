@@ -2,12 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_recipes.scenes.questions import Question
-from train.base.corpus import KINDS, Document, documents, split_reply
+from train.base.corpus import KINDS, Document, comparisons, documents, split_reply
 from train.base.language_model import (
     IGNORE,
     BagLlama,
@@ -99,6 +100,19 @@ def test_documents_come_in_both_kinds_and_told_scenes_hold_the_answer():
             for box, place in ((seen[1], seen[2]), (seen[4], seen[5])):
                 (cell,) = [cell for cell in document.cells if box in cell]
                 assert place in cell
+
+
+def test_the_smaller_distance_is_the_conclusion():
+    for seed in range(20):
+        document = comparisons(np.random.default_rng(seed))
+        for (given, _), (conclusion, learnt) in zip(
+            document.reply[::2], document.reply[1::2], strict=True
+        ):
+            assert learnt
+            blue, green = (int(number) for number in re.findall(r"d(\d)", given))
+            color, smaller = ("blue", blue) if blue < green else ("green", green)
+            assert conclusion.startswith(f" {color} d{smaller} ")
+            assert conclusion[:-2] in given
 
 
 def test_only_what_is_learnt_has_labels(tokenizer):
