@@ -5,8 +5,10 @@ H W) and A its width, N = H * W tokens per view, E language-model width.
 
 Each low-resolution feature looks, with one attention head, at the H'/H x W'/W high-resolution
 features under it, and what it finds is added to it before a two-layer MLP.
-Surprise: in the published HD form the high-resolution encoder sees the whole image once, not each
-tile; `project_tiles` takes such a map and cuts it. `project` alone takes one map for every view.
+With `tiles: 2`, the published HD form, the tokens of the whole view are followed by those of its
+2 x 2 tiles. Surprise: the high-resolution encoder then sees the whole view once, not each tile; its
+map is cut, and for the whole view's tokens made smaller. The encoder is
+`{preset: mini-gemini-two-hd}`, whose low-resolution part gives two maps.
 
 Follows `mgm/model/mgm_arch.py` (unified_resampler, encode_images) of dvlab-research/MGM;
 section 3.2 of arXiv:2403.18814. Its `nan_to_num` on the scores is left out: finite features have
@@ -22,29 +24,47 @@ from torch.nn import functional as F
 
 from connectors.attention import attend
 from connectors.base import Connector, ConnectorConfig
+from connectors.config import check_positive
 from connectors.errors import UserError
 from connectors.sva_blocks import cut_windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiniGeminiConfig(ConnectorConfig):
-    """Nothing to choose: the two maps' grids say how large the windows are."""
+    """Whether tiles are seen; the maps' grids say how large the windows are."""
+
+    tiles: int = 1  # rows, and columns, of tiles beside the whole view (`image_grid`); 1: none
+
+    def __post_init__(self) -> None:
+        check_positive("connector 'minigemini'", tiles=self.tiles)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the first map's grid; with tiles theirs, one after another, below it."""
+        return (height if self.tiles == 1 else height * (1 + self.tiles**2)), width
 
 
 class MiniGeminiConnector(Connector[MiniGeminiConfig]):
-    """Two maps in, the coarse one first; one token for each of its features."""
+    """Two maps in, the coarse one first; one token for each of its features.
+
+    With tiles three maps: the whole view's, its tiles' side by side, the fine one.
+    """
 
     config_class = MiniGeminiConfig
 
     def __init__(self, config: MiniGeminiConfig, vision_dims: Sequence[int], text_dim: int) -> None:
         super().__init__(config, vision_dims, text_dim)
-        if len(vision_dims) != 2:
+        if len(vision_dims) != (2 if config.tiles == 1 else 3):
             raise UserError(
                 "connector 'minigemini' needs two feature maps, low and high resolution, but the "
                 f"vision encoder gives {len(vision_dims)}; choose vision_encoder {{type: several}} "
                 "with two encoders"
+                if config.tiles == 1
+                else f"connector 'minigemini' with tiles {config.tiles} needs three feature maps, "
+                "low resolution of the whole view and of its tiles, and high resolution, but the "
+                f"vision encoder gives {len(vision_dims)}; choose vision_encoder {{type: several, "
+                f"tiles: [{config.tiles}, 1]}} with two encoders"
             )
-        low_dim, high_dim = vision_dims
+        low_dim, high_dim = vision_dims[0], vision_dims[-1]
         self.query = nn.Sequential(nn.LayerNorm(low_dim), nn.Linear(low_dim, low_dim))
         self.key = nn.Sequential(nn.LayerNorm(high_dim), nn.Linear(high_dim, low_dim))
         self.value = nn.Sequential(nn.LayerNorm(high_dim), nn.Linear(high_dim, low_dim))
@@ -55,9 +75,13 @@ class MiniGeminiConnector(Connector[MiniGeminiConfig]):
     def project(self, features: Sequence[Tensor]) -> Tensor:
         """Map a coarse map (T, H, W, D) and a fine one (T, H', W', A) to tokens (T, H * W, E).
 
+        With tiles there is a map (T, G * H, G * W, D) between the two; see `project_tiles`.
+
         Raises:
             UserError: the fine grid is no multiple of the coarse one.
         """
+        if self.config.tiles > 1:
+            return self.project_tiles(*features)
         low, high = features
         return self.projector(low + self.mine(low, high)).flatten(1, 2)
 
@@ -79,25 +103,30 @@ class MiniGeminiConnector(Connector[MiniGeminiConfig]):
         return attend(queries, self.key(windows), self.value(windows), 1).reshape(low.shape)
 
     def project_tiles(self, whole: Tensor, tiles: Tensor, high: Tensor) -> Tensor:
-        """Return tokens of the HD form, (n, (1 + G * G) * N, E): the whole image, then each tile.
+        """Return tokens of the HD form, (T, (1 + G * G) * N, E): the whole view, then each tile.
 
         Args:
-            whole: (n, H, W, D) of n images.
-            tiles: (n, G * G, H, W, D) of their tiles, row by row.
-            high: (n, G * H', G * W', A) of the whole images at high resolution.
+            whole: (T, H, W, D).
+            tiles: (T, G * H, G * W, D), the features of G x G tiles side by side.
+            high: (T, G * H', G * W', A) of the whole views.
 
         Raises:
             UserError: the grids are no multiples of each other.
         """
-        n, num_tiles, h, w, _ = tiles.shape
-        grid = round(num_tiles**0.5)
-        fine = (high.shape[1] // grid, high.shape[2] // grid)
+        count, (h, w) = self.config.tiles, whole.shape[1:3]
+        if tiles.shape[1:3] != (count * h, count * w):
+            raise UserError(
+                f"connector 'minigemini': tiles {count} of a whole view of {h} x {w} features do "
+                f"not make the second map's {tiles.shape[1]} x {tiles.shape[2]}; set "
+                f"vision_encoder.tiles to [{count}, 1]"
+            )
+        fine = (high.shape[1] // count, high.shape[2] // count)
         coarse = F.interpolate(high.permute(0, 3, 1, 2).float(), fine, mode="bilinear")
         coarse = coarse.permute(0, 2, 3, 1).to(high.dtype)
-        pieces = high.unflatten(2, (grid, fine[1])).unflatten(1, (grid, fine[0])).transpose(2, 3)
-        low = torch.cat([whole[:, None], tiles], dim=1).flatten(0, 1)
-        high = torch.cat([coarse[:, None], pieces.flatten(1, 2)], dim=1).flatten(0, 1)
-        return self.project([low, high]).reshape(n, (1 + num_tiles) * h * w, -1)
+        low = torch.cat([whole[:, None], cut_tiles(tiles, count)], dim=1).flatten(0, 1)
+        high = torch.cat([coarse[:, None], cut_tiles(high, count)], dim=1).flatten(0, 1)
+        tokens = self.projector(low + self.mine(low, high))
+        return tokens.reshape(len(whole), (1 + count**2) * h * w, self.text_dim)
 
     @classmethod
     def key_tables(cls, config: MiniGeminiConfig) -> Mapping[str, Mapping[str, str]]:
@@ -112,3 +141,9 @@ class MiniGeminiConnector(Connector[MiniGeminiConfig]):
         }
         keys |= {f"mm_projector.{i}.{n}": f"projector.{i}.{n}" for i in (0, 2) for n in names}
         return {"minigemini": keys}
+
+
+def cut_tiles(features: Tensor, count: int) -> Tensor:
+    """Cut a map (T, G * H, G * W, D) into G x G tiles, row by row: (T, G * G, H, W, D)."""
+    rows = features.unflatten(2, (count, -1)).unflatten(1, (count, -1))  # (T, G, H, G, W, D)
+    return rows.transpose(2, 3).flatten(1, 2)

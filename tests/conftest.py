@@ -92,12 +92,11 @@ def _vision_encoder() -> VisionEncoder:
     return build_vision_encoder(VISION_CONFIG)
 
 
-def _two_encoders() -> VisionEncoder:
+def _two_encoders(**fields: Any) -> VisionEncoder:
     finer = {**VISION_CONFIG["architecture"], "image_size": 2 * VIEW_SIZE, "hidden_size": 16}
     torch.manual_seed(1)
-    return build_vision_encoder(
-        {"type": "several", "encoders": [VISION_CONFIG, {**VISION_CONFIG, "architecture": finer}]}
-    )
+    encoders = [VISION_CONFIG, {**VISION_CONFIG, "architecture": finer}]
+    return build_vision_encoder({"type": "several", "encoders": encoders, **fields})
 
 
 def _model(
@@ -148,7 +147,7 @@ def make_vision_encoder() -> Callable[..., VisionEncoder]:
 
 @pytest.fixture(scope="session")
 def make_two_encoders() -> Callable[..., VisionEncoder]:
-    """() -> two SigLIPs side by side, of 4 x 4 and 8 x 8 features."""
+    """(**fields) -> two SigLIPs side by side, of 4 x 4 and 8 x 8 features."""
     return _two_encoders
 
 

@@ -26,7 +26,11 @@ def state(tensors):
 
 @pytest.fixture
 def connector(state):
-    built = build_connector({"type": "minigemini"}, [24, 16], 40)
+    return load(state, {"type": "minigemini"}, [24, 16])
+
+
+def load(state, config, dims):
+    built = build_connector(config, dims, 40)
     built.load_state_dict(from_published(built, state))
     return built
 
@@ -49,11 +53,14 @@ def test_reference_values_and_gradients(connector, tensors):
     torch.testing.assert_close(gradient, tensors["grad.images_aux_feat"], **GRADIENTS)
 
 
-def test_the_hd_form_cuts_one_map(connector, tensors):
+def test_the_hd_form_cuts_one_map(state, tensors):
+    connector = load(state, {"type": "minigemini", "tiles": 2}, [24, 24, 16])
     views = tensors["hd_images_feat"].unflatten(2, (3, 3))  # four tiles, then the whole image
+    rows = [torch.cat([views[:, i], views[:, i + 1]], dim=2) for i in (0, 2)]
     high = tensors["hd_images_aux_feat"].permute(0, 2, 3, 1)
-    tokens = connector.project_tiles(views[:, -1], views[:, :-1], high)
+    tokens = connector([views[:, -1], torch.cat(rows, dim=1), high])
     torch.testing.assert_close(tokens, tensors["hd_output"], **VALUES)
+    assert connector.num_tokens(3, 3) == tokens.shape[1]
 
 
 def test_the_checkpoint_comes_back_the_same(connector, state):
@@ -78,6 +85,13 @@ def test_a_token_sees_the_window_under_it():
 def test_two_maps_are_needed_and_the_second_is_a_multiple():
     with pytest.raises(UserError, match=r"needs two feature maps.* gives 1"):
         build_connector({"type": "minigemini"}, [3], 4)
+    with pytest.raises(UserError, match=r"tiles 2 needs three .* gives 2; .* tiles: \[2, 1\]"):
+        build_connector({"type": "minigemini", "tiles": 2}, [3, 5], 4)
+    with pytest.raises(UserError, match="tiles must be at least 1"):
+        build_connector({"type": "minigemini", "tiles": 0}, [3, 5], 4)
+    connector = build_connector({"type": "minigemini", "tiles": 2}, [3, 3, 5], 4)
+    with pytest.raises(UserError, match="tiles 2 of a whole view of 2 x 2 features do not make"):
+        connector([torch.randn(1, 2, 2, 3), torch.randn(1, 2, 2, 3), torch.randn(1, 4, 4, 5)])
     connector = build_connector({"type": "minigemini"}, [3, 5], 4)
     with pytest.raises(UserError, match=r"no multiple of the first, \(2, 2\), \(4, 6\)"):
         connector([torch.randn(1, 2, 2, 3), torch.randn(1, 4, 6, 5)])

@@ -56,6 +56,7 @@ CHAINS = {
     "sva_in_llm": SVA,
     "cambrian": {**SVA, "query_strides": [1, 2]},
     "instructblip": INSTRUCTBLIP,
+    "minigemini_hd": {"type": "minigemini", "tiles": 2},
     "everything": [{"type": "mlp"}, LORA, HIGH_RESOLUTION, {"type": "deepstack"}],
 }
 # Those before the language model, with sizes where the published ones are too large.
@@ -79,7 +80,9 @@ BEFORE = {
     "sva": {"hidden_dim": 8, "num_heads": 2, "depth": 1, "windows": [1, 2]},
 }
 CHAINS |= {name: {"type": name, **sizes} for name, sizes in BEFORE.items()}
-OF_TWO_MAPS = {"channel_concat", "minigemini", "sva"}
+# The fields of two encoders side by side, for those that need both.
+ENCODERS: dict[str, dict] = {name: {} for name in ("channel_concat", "minigemini", "sva")}
+ENCODERS["minigemini_hd"] = {"tiles": [2, 1], "resize_to": [2, 8]}
 TILINGS = {"cambrian": {"type": "pad", "unpad": True}}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -97,8 +100,8 @@ def make(make_model, make_two_encoders, bert_tokenizer_folder):
         connector = CHAINS[chain]
         if connector == INSTRUCTBLIP:
             connector = {**connector, "tokenizer": str(bert_tokenizer_folder)}
-        if chain in OF_TWO_MAPS:
-            options["vision_encoder"] = make_two_encoders()
+        if chain in ENCODERS:
+            options["vision_encoder"] = make_two_encoders(**ENCODERS[chain])
         options = {"tiling": TILINGS.get(chain), **options}
         model, processor = make_model(connector=connector, **options)
         torch.manual_seed(3)

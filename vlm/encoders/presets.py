@@ -52,7 +52,7 @@ class SeveralPreset:
     """Encoders side by side: for each a preset, fields that differ, and its grid's side."""
 
     encoders: tuple[tuple[str, Mapping[str, Any], int], ...]
-    widths: tuple[int, ...]  # D of each map; stages are joined
+    widths: tuple[int, ...]  # D of each map; stages are joined, an encoder with tiles has two maps
     parameters: int
     published: str  # which model has them
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -287,6 +287,17 @@ SEVERAL: dict[str, SeveralPreset] = {
         parameters=487_136_448,
         published="YanweiLi/MGM-7B and others",
         fields={"downscale": "bilinear"},
+    ),
+    # The HD models' image_size_aux 1536 and image_grid 2
+    "mini-gemini-two-hd": SeveralPreset(
+        encoders=(
+            ("clip-l-336", {}, 24),
+            ("convnext-l-768", {"layer": STAGES, "image_size": 1536}, 384),
+        ),
+        widths=(1024, 1024, 2880),
+        parameters=487_136_448,
+        published="YanweiLi/MGM-7B-HD and others",
+        fields={"downscale": "bilinear", "tiles": (2, 1)},
     ),
     # Prismatic and Cobra: the last but one of each, joined by a connector of one grid
     "dinosiglip-384": SeveralPreset(

@@ -178,7 +178,10 @@ def test_clip_is_llavas():
 def test_several_are_built_as_the_row_says(name):
     row = SEVERAL[name]
     encoder = empty({"preset": name})
-    assert encoder.grids == tuple((side, side) for _, _, side in row.encoders)
+    tiles = row.fields.get("tiles", (1,) * len(row.encoders))
+    sides = [(side, n) for (_, _, side), n in zip(row.encoders, tiles, strict=True)]
+    expected = [(times * side,) * 2 for side, n in sides for times in sorted({1, n})]
+    assert encoder.grids == tuple(expected)
     assert encoder.dims == row.widths
     assert count(encoder) == row.parameters
     assert encoder.image_size == max(part["image_size"] for part in encoder.config["encoders"])

@@ -13,6 +13,7 @@ CASES = [
     (SVA, [4, 8], 16),
     ({**SVA, "query_strides": [1, 2]}, [4, 8], 16),
     ({"type": "minigemini"}, [4, 8], 16),
+    ({"type": "minigemini", "tiles": 2}, [4, 16], 80),
     ({"type": "channel_concat", "side": 3}, [4, 8], 9),
     ({"type": "channel_concat", "projection": "fused_mlp"}, [2, 8], 4),
 ]
@@ -22,10 +23,11 @@ CASES = [
 def two_encoders(tiny):
     """Build a ViT and a ConvNeXt, their maps of the given sides."""
 
-    def build(sides):
+    def build(sides, tiles):
         parts = [{**tiny["timm_vit"], "layer": -2}, {**tiny["timm_convnext"], "layer": [-2, -1]}]
         torch.manual_seed(0)
         config = {"type": "several", "encoders": parts, "resize_to": sides}
+        config["tiles"] = [tiles, 1]
         return build_vision_encoder(config)
 
     return build
@@ -57,7 +59,7 @@ def check(encoder, connector, num_tokens, make_language_model, make_tokenizer, f
 def test_two_encoders(
     two_encoders, connector, sides, num_tokens, make_language_model, make_tokenizer, tmp_path
 ):
-    encoder = two_encoders(sides)
+    encoder = two_encoders(sides, connector.get("tiles", 1))
     check(encoder, connector, num_tokens, make_language_model, make_tokenizer, tmp_path)
 
 
