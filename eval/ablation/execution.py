@@ -1,5 +1,6 @@
 """How is one run trained and scored? By the commands a reader would type; a failure is noted."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ Json = dict[str, Any]
 
 def execute(run: Run, scoring: Scoring, lock: int) -> None:
     """Train and score a run as far as that is not done; a failure is noted, not raised.
+
+    When both are done the stages' checkpoints are deleted; their models stay.
 
     Args:
         run: its folder is ours (`claim`).
@@ -47,6 +50,8 @@ def execute(run: Run, scoring: Scoring, lock: int) -> None:
         reason = _reason(log, ended.failed[0][1])
         write_note(run.folder / NOTE, note | {"failed": f"scoring: {reason}"})
         return
+    for folder in run.stages:  # only good for going on; several models' would fill a disk
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     write_note(run.folder / NOTE, note | {"scored": scoring.to_json()})
 
 

@@ -1,27 +1,25 @@
 """How does an ablation go from its words to its table? This file is the table of contents."""
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from connectors.registry import lookup
+from eval.ablation.checks import check_recipe, check_rows
 from eval.ablation.execution import execute
-from eval.ablation.fit import Fit, Parts
+from eval.ablation.fit import Fit
 from eval.ablation.gather import machine, make_report, measured_costs
 from eval.ablation.plot import draw
 from eval.ablation.rows import Row, rows_of
-from eval.ablation.runs import Run, Scoring, claim, runs_of
+from eval.ablation.runs import Run, Scoring, claim, read_json, runs_of
 from eval.ablation.table_text import csv_text, failures, markdown
 from eval.ablation.words import conclusion, notes
+from eval.report import with_interval
 from eval.runner import choose_indices
 from eval.tasks import TASKS
 from vlm.child_commands import only_one
 from vlm.done import make_folder, write_flushed, write_note
-from vlm.errors import UserError
-from vlm.yaml_values import parse_value
 
 Json = dict[str, Any]
 WHAT = "an ablation"
@@ -54,7 +52,7 @@ def ablate(request: Request, dry_run: bool) -> int:
     base = check_recipe(request.recipe, request.overrides)
     seeds = range(request.seeds) if request.seeds else [base["seed"]]
     runs = runs_of(base, rows, seeds, request.out)
-    fits = check_rows(base, rows, runs)
+    fits = check_rows(base, runs[: len(rows)])  # those of the first seed
     for run in runs:
         claim(run)
     task = lookup("task", request.task, TASKS, "vlm.tasks").open(request.data)
@@ -71,6 +69,7 @@ def ablate(request: Request, dry_run: bool) -> int:
         costs = measured_costs(task, indices, done, request.rounds, request.out)
         report = make_report(task, indices, rows, runs, scoring, costs)
         report["title"] = f"{Path(request.recipe).stem}: {' x '.join(request.vary)}"
+        report["elsewhere"] = other_rows(request.out, rows)
         report["measured"] = {
             "machine": machine(),
             "threads": base["num_threads"] or "all",
@@ -79,47 +78,6 @@ def ablate(request: Request, dry_run: bool) -> int:
         text = write_report(report, request.out)
     print(f"\n{text}\n{request.out / 'table.md'}, table.csv, plot.png, ablation.json")
     return 1 if failures(report) else 0
-
-
-def check_recipe(recipe: str, overrides: Sequence[str]) -> Json:
-    """Return a recipe in full, as `vlm train --check` prints it.
-
-    Raises:
-        UserError: it is wrong; the sentence is that of `vlm train`.
-    """
-    command = [sys.executable, "-m", "vlm", "train", recipe, *overrides, "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(said[-1].removeprefix("vlm train: "))
-    return parse_value(done.stdout, "vlm train --check")
-
-
-def check_rows(base: Json, rows: Sequence[Row], runs: Sequence[Run]) -> dict[str, Fit]:
-    """Return what each row's parts are, after checking that they fit.
-
-    Raises:
-        UserError: a row cannot be trained.
-    """
-    if base["model"]["checkpoint"] is not None:
-        raise UserError(
-            "the recipe starts from model.checkpoint, so its parts cannot be varied; name "
-            "vision_encoder, connector and language_model instead"
-        )
-    parts, fits = Parts(), {}
-    for row, run in zip(rows, runs, strict=False):  # the first seed's runs
-        for stage in run.recipe["stages"]:
-            if stage["length_window"] > 1:
-                raise UserError(
-                    f"stages.{stage['name']}.length_window is {stage['length_window']}: the order "
-                    "of records would then depend on how many tokens a picture takes; set it to 1 "
-                    "or 0"
-                )
-        try:
-            fits[row.name] = parts.check(run.recipe["model"])
-        except UserError as error:
-            raise UserError(f"row {row.name!r}: {error}") from error
-    return fits
 
 
 def plan_text(
@@ -149,7 +107,19 @@ def run_all(runs: Sequence[Run], scoring: Scoring, lock: int) -> None:
             continue
         print(f"{head}: {'scoring' if run.is_trained else 'training, scoring'}", flush=True)
         execute(run, scoring, lock)
-        print(f"{head}: {run.note()['failed'] or 'done'}", flush=True)
+        print(f"{head}: {run.note()['failed'] or score_text(run)}", flush=True)
+
+
+def score_text(run: Run) -> str:
+    """Return a run's score in one line."""
+    headline = read_json(run.scores / "results.json")["headline"]
+    return f"{headline['name']} {with_interval(headline)}"
+
+
+def other_rows(out: Path, rows: Sequence[Row]) -> list[str]:
+    """Return the folders of rows that an earlier call left here and this one did not ask for."""
+    asked = {row.folder for row in rows}
+    return sorted(path.name for path in (out / "runs").iterdir() if path.name not in asked)
 
 
 def write_report(report: Json, out: Path) -> str:

@@ -112,6 +112,11 @@ def notes(report: Json) -> list[str]:
         "own.",
         _costs(report),
     ]
+    if report["elsewhere"]:
+        lines.append(
+            f"The folder also holds {', '.join(report['elsewhere'])}, which this call did not ask "
+            "for."
+        )
     return [f"- {line}" for line in lines]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.ablation import execution, flow, gather
+from eval.ablation import checks, execution, flow, gather
 from eval.ablation.cli import add_arguments
 from eval.ablation.cli import run as run_command
 from eval.runner import choose_indices
@@ -51,7 +51,7 @@ class Fake:
     """Commands that leave the files of `vlm train` and `vlm eval`, at once."""
 
     def __init__(self, data):
-        self.ran, self.failing, self.killed = [], {}, None
+        self.ran, self.checked, self.failing, self.killed = [], [], {}, None
         self.task = CvBench.open([data])
 
     def __call__(self, commands, lock, log, watch):
@@ -71,6 +71,7 @@ class Fake:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(manifest | {"data": {"main": "same"}}))
                 (path.parent / "model.safetensors").touch()
+                (path.parent / "checkpoints/checkpoint-1").mkdir(parents=True)
         else:
             self.answer(Path(words[words.index("--out") + 1]), better=name != "mlp")
         return Ended(2.0, 100, [])
@@ -84,6 +85,8 @@ class Fake:
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "samples.jsonl").write_text(text)
+        headline = {"name": "mean", "accuracy": 0.5, "low": 0.4, "high": 0.6}
+        (folder / "results.json").write_text(json.dumps({"headline": headline}))
 
 
 @pytest.fixture
@@ -95,9 +98,19 @@ def data(tmp_path, write_benchmark):
 def fake(monkeypatch, base, data):
     made = Fake(data)
     monkeypatch.setattr(execution, "run_side_by_side", made)
-    monkeypatch.setattr(flow, "check_recipe", lambda *_: json.loads(json.dumps(base)))
+
+    def check_recipe(path, overrides):  # as `vlm train --check`, which starts slowly
+        if path != "recipe.yaml":
+            made.checked.append(read_file(Path(path)))
+            if made.checked[-1]["stages"][0].get("max_steps") == 0:
+                raise UserError(f"recipe {path}: stages.align: max_steps must be above 0")
+        return json.loads(json.dumps(base))
+
+    monkeypatch.setattr(flow, "check_recipe", check_recipe)
+    monkeypatch.setattr(checks, "check_recipe", check_recipe)
     costs = lambda task, indices, done, *_: {run.row.name: dict(COSTS) for run in done}  # noqa: E731
     monkeypatch.setattr(flow, "measured_costs", costs)
+    monkeypatch.setattr(flow, "draw", lambda report, path: not path.touch())
     return made
 
 
@@ -122,22 +135,26 @@ def test_rows_are_trained_scored_and_compared(tmp_path, fake, ablate, capsys):
     assert fake.ran == ["train mlp", "eval mlp", "train pooling", "eval pooling"]
     recipe = read_file(tmp_path / "out/runs/pooling/seed5/recipe.yaml")
     assert recipe["model"]["connector"] == {"type": "pooling"} and recipe["seed"] == 5
+    assert not list(tmp_path.glob("out/runs/*/*/train/*/checkpoints"))
     rows = report(tmp_path)["rows"]
     assert rows["mlp"]["scores"]["Depth"]["accuracy"] == 0.5
     assert rows["pooling"]["scores"]["Depth"]["difference"]["value"] == 0.5
     table = (tmp_path / "out/table.md").read_text()
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table in printed and "[2/2] pooling, seed 5: mean 50.0 [40.0, 60.0]" in printed
     assert "| pooling | 100.0 [" in table and "chance 50.0" in table
     head, mlp, pooling = (tmp_path / "out/table.csv").read_text().splitlines()
     assert len(head.split(",")) == len(mlp.split(",")) == len(pooling.split(","))
 
 
-def test_the_same_call_does_nothing_twice_and_more_rows_and_seeds_are_added(fake, ablate):
+def test_the_same_call_does_nothing_twice_and_more_rows_and_seeds_are_added(tmp_path, fake, ablate):
     ablate("--vary", "connector=mlp,pooling")
     ablate("--vary", "connector=mlp,pooling")
     assert len(fake.ran) == 4
     ablate("--vary", "connector=mlp,pooling,linear", "--seeds", "6")
     assert fake.ran.count("train linear") == 6 and fake.ran.count("train mlp") == 6
+    ablate("--vary", "connector=mlp,linear")
+    assert "The folder also holds pooling" in (tmp_path / "out/table.md").read_text()
 
 
 def test_a_stopped_ablation_goes_on(fake, ablate):
@@ -233,6 +250,12 @@ def test_what_cannot_be_trained_is_told_before_the_first_training(fake, ablate, 
     with pytest.raises(UserError, match=sentence):
         ablate("--vary", vary)
     assert not fake.ran
+
+
+def test_rows_that_change_other_fields_are_checked_by_vlm_train(fake, ablate):
+    with pytest.raises(UserError, match=r"row 'max_steps=0': stages.align: max_steps must be"):
+        ablate("--vary", "stages.align.max_steps=3,0")
+    assert [tree["stages"][0]["max_steps"] for tree in fake.checked] == [3, 0] and not fake.ran
 
 
 def test_an_order_that_depends_on_the_tokens_is_refused(fake, ablate, base):

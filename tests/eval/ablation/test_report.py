@@ -54,6 +54,7 @@ def report():
         "title": "tiny: connector",
         "benchmark": "a benchmark",
         "same_data": True,
+        "elsewhere": [],
         "measured": {"machine": "a machine", "threads": 2, "rounds": 15},
         "columns": [
             {"name": "all", "text": "right / questions", "n": 1000, "chance": 0.35},
