@@ -179,6 +179,15 @@ class Connector(nn.Module, Generic[C]):
     def begin_from(self, linear_at: Callable[[LinearSite], nn.Module]) -> None:
         """Let new weights begin as those of the language model's linear layers, where published."""
 
+    @property
+    def row_end_dim(self) -> int:
+        """Return C, the width of row ends that are learned before the last projection, or E."""
+        return self.text_dim
+
+    def project_row_ends(self, learned: Tensor) -> Tensor:
+        """Map row ends (K, C), learned before the last projection, to tokens (K, E)."""
+        return learned
+
     def itself(self) -> Self:
         """Return the connector also where it is asked of a wrapper (PEFT's modules_to_save)."""
         return self

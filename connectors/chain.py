@@ -218,6 +218,22 @@ class ConnectorChain(Connector[ChainConfig]):
         """Map feature maps (T, H, W, D_i) to the tokens that stand in the sequence, (T, N, E)."""
         return self.forward(features).tokens
 
+    @property
+    def _ending(self) -> Connector | None:
+        """Return the part whose tokens stand in the sequence as it projected them."""
+        if self.config.taking is not None:
+            return None
+        return next(part for part in self.parts if "project" in part.faces)
+
+    @property
+    def row_end_dim(self) -> int:
+        """Return the width of row ends that are learned before the last projection."""
+        return self.text_dim if self._ending is None else self._ending.row_end_dim
+
+    def project_row_ends(self, learned: Tensor) -> Tensor:
+        """Map row ends (K, C), learned before the last projection, to tokens (K, E)."""
+        return learned if self._ending is None else self._ending.project_row_ends(learned)
+
     def apply_layer(
         self, layer: int, where: Where, hidden: Tensor, context: FusionContext
     ) -> Tensor:

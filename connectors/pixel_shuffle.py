@@ -10,7 +10,8 @@ Surprises:
   shows block row i, block column j. Its config says `ps_version`; never guess it. Idefics3 is "v2".
 
 Follows InternVL `modeling_internvl_chat.py` (pixel_shuffle, mlp1) and transformers'
-`modeling_idefics3.py` (Idefics3Connector).
+`modeling_idefics3.py` (Idefics3Connector), XComposer2-4KHD `build_mlp.py` (merge) and
+`vision_proj`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,9 @@ class PixelShuffleConfig(ConnectorConfig):
 
     factor: int = 2  # R: each view has R * R times fewer tokens, each R * R times wider
     version: Literal["v1", "v2"] = "v2"  # "v1" only for old InternVL checkpoints
-    # "mlp": LayerNorm, Linear, GELU, Linear (InternVL); "linear": one Linear, no bias (Idefics3)
-    projection: Literal["mlp", "linear"] = "mlp"
+    # "mlp": LayerNorm, Linear, GELU, Linear (InternVL); "plain_mlp": the same without the norm
+    # (XComposer2-4KHD); "linear": one Linear, no bias (Idefics3)
+    projection: Literal["mlp", "plain_mlp", "linear"] = "mlp"
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -74,16 +76,23 @@ class PixelShuffleConnector(Connector[PixelShuffleConfig]):
         self, config: PixelShuffleConfig, vision_dims: Sequence[int], text_dim: int
     ) -> None:
         super().__init__(config, vision_dims, text_dim)
-        merged_dim = sum(vision_dims) * config.factor**2
+        merged_dim = self.row_end_dim
         if config.projection == "linear":
             self.layers = nn.Sequential(nn.Linear(merged_dim, text_dim, bias=False))
-        else:
-            self.layers = nn.Sequential(
-                nn.LayerNorm(merged_dim, eps=1e-5),
-                nn.Linear(merged_dim, text_dim),
-                nn.GELU(),
-                nn.Linear(text_dim, text_dim),
-            )
+            return
+        norm = [nn.LayerNorm(merged_dim, eps=1e-5)] if config.projection == "mlp" else []
+        self.layers = nn.Sequential(
+            *norm, nn.Linear(merged_dim, text_dim), nn.GELU(), nn.Linear(text_dim, text_dim)
+        )
+
+    @property
+    def row_end_dim(self) -> int:
+        """Return R * R * D, the width of the merged features."""
+        return sum(self.vision_dims) * self.config.factor**2
+
+    def project_row_ends(self, learned: Tensor) -> Tensor:
+        """Map row ends (K, R * R * D), learned beside the merged features, to tokens (K, E)."""
+        return self.layers(learned)
 
     def project(self, features: Sequence[Tensor]) -> Tensor:
         """Map feature maps, each (T, H, W, D_i), to tokens (T, H * W / R**2, E)."""
@@ -94,12 +103,15 @@ class PixelShuffleConnector(Connector[PixelShuffleConfig]):
 
     @classmethod
     def key_tables(cls, config: PixelShuffleConfig) -> Mapping[str, Mapping[str, str]]:
-        """Return the keys of InternVL's `mlp1` and its transformers port, or of Idefics3."""
+        """Return the keys of InternVL's `mlp1` and its port, of Idefics3, or of XComposer2-4KHD."""
         if config.projection == "linear":
             if config.version == "v1":
                 return {}  # no published checkpoint has it
             key = "model.connector.modality_projection.proj.weight"
             return {"idefics3": {key: "layers.0.weight"}}
+        if config.projection == "plain_mlp":
+            names = [f"{i}.{n}" for i in (0, 2) for n in ("weight", "bias")]
+            return {"xcomposer2": {f"vision_proj.{name}": f"layers.{name}" for name in names}}
         ported = {0: "layer_norm", 1: "linear_1", 3: "linear_2"}
         names = ("weight", "bias")
         tables = {"internvl": {f"mlp1.{i}.{n}": f"layers.{i}.{n}" for i in ported for n in names}}

@@ -25,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 MATRIX = ROOT / "tests" / "vlm" / "test_connector_matrix.py"
+LAYOUT = ROOT / "tests" / "vlm" / "test_xcomposer2_layout.py"
 CONNECTOR_TESTS = ROOT / "tests" / "connectors"
 PAGE = ROOT / "docs" / "connectors.md"
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4
@@ -46,6 +47,7 @@ CONNECTORS_OF = {
     "sva_sep": "`sva`, separate",
     "sva_connector_e2e": "`sva`, `sva_in_llm`",
     "plora": "`partial_lora`",
+    "ixc2_4khd_merge": "`pixel_shuffle`, tiling `hd`",
     "cogvlm_expert_layer": "`visual_expert`",
     "cogagent_cross_attn": "`high_resolution_cross_attention`",
     "minigemini_mining": "`minigemini`",
@@ -190,7 +192,11 @@ def main() -> int:
     options = parser.parse_args()
     recorder = Recorder()
     recorder.watch()
-    files = [MATRIX, *sorted(p for p in CONNECTOR_TESTS.glob("*.py") if "golden" in p.read_text())]
+    files = [
+        MATRIX,
+        LAYOUT,
+        *sorted(p for p in CONNECTOR_TESTS.glob("*.py") if "golden" in p.read_text()),
+    ]
     code = pytest.main(["-p", "no:cacheprovider", *map(str, files)], plugins=[recorder])
     chains = read_chains()
     missing = set(CONNECTORS_OF) - set(recorder.golden)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # ImageTextModel, which has no language model
 PARTS: dict[str, tuple[str, ...]] = {
     "vision_tower": ("model.vision_tower.", "vision_tower."),
-    "connector": ("model.connector.", "model.image_newline", "connector."),
+    "connector": ("model.connector.", "model.image_newline", "model.image_separator", "connector."),
     "language_model": ("model.language_model.", "lm_head."),
 }
 

@@ -34,6 +34,7 @@ from vlm.hosts import host_shape
 from vlm.lm_head import document_starts
 from vlm.mamba_scan import use_scan
 from vlm.packed_attention import packed_mask, use_packed_attention
+from vlm.row_ends import RowEnds, new_row_ends, row_end_tokens
 from vlm.state_cache import state_traits
 from vlm.tiling import AnyresTiling, build_tiling
 from vlm.token_layout import images_per_row, lay_out, num_image_tokens
@@ -89,9 +90,7 @@ class VlmModel(VlmPreTrainedModel):
         )
         self.set_language_model(language_model)
         self._hooks = FusionHooks()
-        if self.tiling.has_newline:
-            # As LLaVA-NeXT: the scale of a unit vector's entries.
-            self.image_newline = nn.Parameter(torch.randn(text_dim) / text_dim**0.5)
+        self.renew_row_ends()
         # `from_pretrained` makes new tensors, so modules that stay float32 are named to it.
         self._keep_in_fp32_modules_strict = float32_modules(self.connector, "connector")
         self.post_init()
@@ -108,6 +107,19 @@ class VlmModel(VlmPreTrainedModel):
         """Put a bare language model in its place; Mamba-1 layers in it will run on our scan."""
         self.language_model = use_packed_attention(use_scan(language_model))
         self.state_traits = state_traits(language_model)  # None: attention alone
+
+    def renew_row_ends(self, dtype: torch.dtype | None = None) -> None:
+        """Make the learned ends of rows new, as the tiling and the connector want them."""
+        for name, vector in new_row_ends(self.tiling, self.connector.itself(), dtype):
+            self.register_parameter(name, vector)
+
+    def _row_ends(self) -> RowEnds:
+        """Return what ends rows of tokens in the sequence."""
+        learned = {
+            name: vector.to(_dtype(self.connector))
+            for name, vector in self.named_parameters(recurse=False)
+        }
+        return row_end_tokens(learned, self.connector.itself())
 
     def train(self, mode: bool = True) -> "VlmModel":
         """Set the mode of all parts; a frozen vision tower stays in eval mode."""
@@ -158,10 +170,9 @@ class VlmModel(VlmPreTrainedModel):
             qformer_input_ids: (n, L) each image's instruction, where the connector reads it.
             qformer_attention_mask: (n, L) 0 on padding of these.
         """
-        newline = self.image_newline if self.tiling.has_newline else None
         text = _text(qformer_input_ids, qformer_attention_mask)
         tokens = self._plug(pixel_values, self._views(tile_grids, image_sizes, text)).tokens
-        return self._lay_out(tokens, tile_grids, image_sizes, newline)
+        return self._lay_out(tokens, tile_grids, image_sizes, self._row_ends())
 
     def _views(self, tile_grids: Tensor, image_sizes: Tensor, text: TextInput | None) -> Views:
         """Return what the connector reads of the views; see `get_image_features`."""
@@ -169,9 +180,9 @@ class VlmModel(VlmPreTrainedModel):
         return describe_views(reads, self.tiling, tile_grids, image_sizes, grids, text)
 
     def _lay_out(
-        self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor, newline: Tensor | None
+        self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor, ends: RowEnds
     ) -> list[Tensor]:
-        """Join views' tokens (T, N, E) image by image; a newline (E,) ends rows."""
+        """Join views' tokens (T, N, E) image by image, with the ends (E,) of rows."""
         grids = [tuple(grid) for grid in tile_grids.tolist()]
         num_views = [self.tiling.plan_of_grid(grid).num_views for grid in grids]
         if sum(num_views) != len(tokens):
@@ -181,14 +192,20 @@ class VlmModel(VlmPreTrainedModel):
             )
         size, token_grid = self.vision_tower.image_size, self.view_token_grid()
         return [
-            lay_out(views, (width, height), self.tiling, size, token_grid, newline, grid)
+            lay_out(
+                views,
+                *((width, height), self.tiling, size, token_grid),
+                newline=ends.newline,
+                grid=grid,
+                separator=ends.separator,
+            )
             for views, (height, width), grid in zip(
                 tokens.split(num_views), image_sizes.tolist(), grids, strict=True
             )
         ]
 
     def _places(self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor) -> Tensor:
-        """Return, for each image token, its place among views' tokens (T, N, E); -1: a newline."""
+        """Return, for each image token, its place among views' tokens (T, N, E); -1: a row end."""
         if isinstance(self.tiling, AnyresTiling) and self.tiling.max_tiles is not None:
             raise UserError(
                 "tiling 'anyres' with max_tiles shrinks the grid of tokens, but a connector inside "
@@ -196,9 +213,10 @@ class VlmModel(VlmPreTrainedModel):
                 "null"
             )
         places = torch.arange(tokens[..., 0].numel(), device=tokens.device, dtype=torch.float64)
-        newline = places.new_full((1,), -1.0) if self.tiling.has_newline else None
+        nowhere = places.new_full((1,), -1.0)
         numbered = places.reshape(*tokens.shape[:2], 1)
-        laid_out = self._lay_out(numbered, tile_grids, image_sizes, newline)
+        ends = RowEnds(nowhere, nowhere)
+        laid_out = self._lay_out(numbered, tile_grids, image_sizes, ends)
         return torch.cat(laid_out)[:, 0].long()
 
     def count_image_tokens(self, tile_grids: Tensor, image_sizes: Tensor) -> list[int]:
@@ -249,8 +267,8 @@ class VlmModel(VlmPreTrainedModel):
             text = _text(qformer_input_ids, qformer_attention_mask)
             facts = self._views(tile_grids, image_sizes, text)
             tokens, sides = self._plug(pixel_values, facts, vision_features)
-            newline = self.image_newline if self.tiling.has_newline else None
-            features = torch.cat(self._lay_out(tokens, tile_grids, image_sizes, newline))
+            laid_out = self._lay_out(tokens, tile_grids, image_sizes, self._row_ends())
+            features = torch.cat(laid_out)
             features = features.to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)
             views = [self.tiling.plan_of_grid(tuple(g)).num_views for g in tile_grids.tolist()]
@@ -334,9 +352,7 @@ class VlmModel(VlmPreTrainedModel):
         known = of_a_blank(self.connector.itself().reads, self.device)
         tokens, sides = self._plug(blank, known, vision_features)
         term = tokens.sum() + sum(x.sum() for side in sides.values() for x in side)
-        if self.tiling.has_newline:
-            term = term + self.image_newline.sum()
-        return term * 0.0
+        return (term + sum(end.sum() for end in self._row_ends() if end is not None)) * 0.0
 
 
 def _text(ids: Tensor | None, mask: Tensor | None) -> TextInput | None:
@@ -353,8 +369,8 @@ def _trains(module: nn.Module) -> bool:
 
 def _trains_vision(model: VlmModel) -> bool:
     """Return whether anything before the language model is trained."""
-    newline = model.tiling.has_newline and model.image_newline.requires_grad
-    return newline or _trains(model.vision_tower) or _trains(model.connector)
+    row_ends = any(vector.requires_grad for vector in model.parameters(recurse=False))
+    return row_ends or _trains(model.vision_tower) or _trains(model.connector)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -116,9 +116,8 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         parts.connector = build_connector(connector_config, vision_encoder.dims, text_dim, host)
         parts.connector.to(language_model.device, language_model.dtype)
         parts.connector.begin_from(partial(linear_of, parts.language_model))
-        if parts.tiling.has_newline:
-            newline = torch.randn(text_dim, device=language_model.device) / text_dim**0.5
-            parts.image_newline = nn.Parameter(newline.to(language_model.dtype))
+        with torch.device(language_model.device):
+            parts.renew_row_ends(language_model.dtype)
         model.lm_head = head
         model.tie_weights()
         model.generation_config = language_model.generation_config

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from vlm.tile_grids import fit_inside
 from vlm.tiles_view import TilesView
-from vlm.tiling import fit_inside
 from vlm.token_layout import lay_out, mosaic_size
 
 INK, FADED, ACCENT, PAPER = "#1d2733", "#c9d0d8", "#e4572e", "#ffffff"
@@ -84,16 +84,18 @@ def token_blocks(view: TilesView, views: Sequence[Image.Image]) -> list[np.ndarr
     height, width = view.token_grid
     seen = [np.asarray(v.resize((width, height), Image.Resampling.BOX)) / 255 for v in views]
     tokens = torch.from_numpy(np.stack(seen)).flatten(1, 2)  # (T, N, 3)
-    newline = torch.tensor(NEWLINE, dtype=tokens.dtype)
-    sequence = lay_out(
-        tokens, view.image.size, view.tiling, view.view_size, view.token_grid, newline
-    ).numpy()
+    end = torch.tensor(NEWLINE, dtype=tokens.dtype)
+    numbers = (view.image.size, view.tiling, view.view_size, view.token_grid)
+    sequence = lay_out(tokens, *numbers, newline=end, separator=end).numpy()
     if not view.tiling.is_mosaic:
         return list(sequence.reshape(-1, height, width, 3))
     plan = view.tiling.plan(*view.image.size, view.view_size)
     rows, cols = mosaic_size(view.image.size, view.tiling, plan.grid, view.token_grid)
+    width += view.tiling.has_separator
     count = height * width if plan.whole == "first" else 0
     whole, rest = sequence[:count].reshape(-1, height, width, 3), sequence[count:]
+    if view.tiling.has_separator:
+        whole, rest = [*whole, rest[:1, None]], rest[1:]
     picture = [rest.reshape(rows, cols + view.tiling.has_newline, 3)] if rows else []
     return [*whole, *picture]
 
@@ -125,6 +127,9 @@ def describe_tokens(view: TilesView, blocks: Sequence[np.ndarray]) -> str:
     rows, cols = mosaic_size(view.image.size, view.tiling, plan.grid, view.token_grid)
     if not view.tiling.has_newline:
         return f"tokens: {whole}{rows} x {cols} = {total}"
+    if view.tiling.has_separator:
+        whole, mosaic = f"{height} x ({width} + 1)", f"{rows} x ({cols} + 1)"
+        return f"tokens: {whole} + separator + {mosaic} = {total}; row ends orange"
     return f"tokens: {whole}{rows} rows of ({cols} + 1 newline) = {total}; newlines orange"
 
 

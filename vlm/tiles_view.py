@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `vlm data tiles`."""
     parser.add_argument("image", metavar="IMAGE", help="picture file")
     parser.add_argument(
-        "--tiling", default="anyres", metavar="NAME", help="resize, pad, anyres (default), dynamic"
+        "--tiling",
+        default="anyres",
+        metavar="NAME",
+        help="resize, pad, anyres (default), dynamic, hd",
     )
     parser.add_argument(
         "--option",

@@ -3,12 +3,12 @@
 Shapes: a grid is (rows, cols) of tiles; sizes in pixels are (width, height), as PIL gives them.
 Surprises kept for the sake of published checkpoints: the base view of `anyres` is stretched, not
 padded, and its tiles are padded with black while `pad` uses the encoder's mean colour; `dynamic`
-compares aspect ratios by difference, so a picture and its transpose may get different grids.
+compares aspect ratios by difference, so a picture and its transpose may get different grids. The
+base view of `hd` shows the padding too, and is sampled without smoothing.
 """
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,15 +17,23 @@ from PIL import Image
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from vlm.errors import UserError
-
-Size = tuple[int, int]
-Color = tuple[int, int, int]
+from vlm.tile_grids import (
+    Color,
+    Size,
+    best_fitting_grid,
+    cut_tiles,
+    fit_inside,
+    hd_size,
+    nearest_grid,
+    pad_to_square,
+    sample,
+    stretch,
+    stretch_along,
+)
 
 # LLaVA-NeXT's list (llava-v1.6 configs, there in pixels and (width, height)); ties go to the first.
 NEXT_GRIDS: tuple[Size, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
 _GRID_RANGE = re.compile(r"\s*\((\d+)x(\d+)\)\s*,\s*\.\.\.\s*,\s*\((\d+)x(\d+)\)\s*")
-# `pad` makes a square of the longer side; beyond this side the image is shrunk before, not after.
-_LARGEST_PADDED_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,11 @@ class Tiling:
 
     Attributes:
         pads: whether the image is put on a canvas of the tiles' shape, not stretched to it.
+        pads_whole: whether the view of the whole image shows that canvas, padding and all.
     """
 
     pads: ClassVar[bool] = False
+    pads_whole: ClassVar[bool] = False
 
     @property
     def is_mosaic(self) -> bool:
@@ -63,8 +73,21 @@ class Tiling:
         return False
 
     @property
+    def unpads(self) -> bool:
+        """Whether tokens that saw only padding are left out of the mosaic."""
+        return False
+
+    @property
     def has_newline(self) -> bool:
         """Whether rows of tokens end in a learned newline, which the model then owns."""
+        return self.unpads
+
+    @property
+    def has_separator(self) -> bool:
+        """Whether the whole image's rows end so too, and a learned separator comes after them.
+
+        Both are then learned before the connector's projection (vlm/row_ends.py).
+        """
         return False
 
     def plan(self, width: int, height: int, view_size: int, num_images: int = 1) -> ViewPlan:
@@ -111,8 +134,8 @@ class PadTiling(Tiling):
         return self.unpad
 
     @property
-    def has_newline(self) -> bool:
-        """Whether rows of tokens end in a learned newline, which the model then owns."""
+    def unpads(self) -> bool:
+        """Whether tokens that saw only padding are left out of the mosaic."""
         return self.unpad
 
     def split(
@@ -155,8 +178,8 @@ class AnyresTiling(Tiling):
         return True
 
     @property
-    def has_newline(self) -> bool:
-        """Whether rows of tokens end in a learned newline, which the model then owns."""
+    def unpads(self) -> bool:
+        """Whether tokens that saw only padding are left out of the mosaic."""
         return self.unpad
 
     def candidates(self) -> tuple[Size, ...]:
@@ -244,11 +267,71 @@ class DynamicTiling(Tiling):
         return views if plan.whole == "none" else [*views, stretch(image, (view_size, view_size))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class HdTiling(Tiling):
+    """XComposer2-4KHD's HD-N: as large as N tiles allow, padded with white; the whole is first.
+
+    640x480 with max_tiles 9 at 336-pixel views is scaled to 1008x756 and padded to 3 x 3 tiles: ten
+    views. Its tokens (`token_layout`) at 12 x 12 a view: 12 rows of the whole, the separator, 36
+    rows of 36, each with a newline: 1489. IXC-2.5 has `upscale: 1.5` and 560-pixel views.
+    """
+
+    max_tiles: int = 25  # N
+    # The longer side grows at most by this, up to whole tiles; None: as far as max_tiles allows.
+    upscale: float | None = None
+
+    pads: ClassVar[bool] = True
+    pads_whole: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.max_tiles < 1:
+            raise UserError(f"tiling 'hd': max_tiles must be at least 1, not {self.max_tiles}")
+        if self.upscale is not None and self.upscale <= 0:
+            raise UserError(f"tiling 'hd': upscale must be above 0, not {self.upscale}")
+
+    @property
+    def is_mosaic(self) -> bool:
+        """Whether the tiles' tokens are laid out row by row of the whole picture."""
+        return True
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether rows of tokens end in a learned newline, which the model then owns."""
+        return True
+
+    @property
+    def has_separator(self) -> bool:
+        """Whether the whole image's rows end so too, and a learned separator comes after them."""
+        return True
+
+    def plan(self, width: int, height: int, view_size: int, num_images: int = 1) -> ViewPlan:
+        """Return the whole image first, then the tiles that the scaled image fills."""
+        scaled = hd_size((width, height), view_size, self.max_tiles, self.upscale)
+        cols, rows = (-(-side // view_size) for side in scaled)
+        return ViewPlan(rows, cols, "first")
+
+    def plan_of_grid(self, grid: Size) -> ViewPlan:
+        """Return the plan that has this (rows, cols) grid."""
+        return ViewPlan(*grid, "first")
+
+    def split(
+        self, image: Image.Image, view_size: int, mean_color: Color, num_images: int = 1
+    ) -> list[Image.Image]:
+        """Return the whole padded canvas made small, then its tiles row by row."""
+        plan = self.plan(*image.size, view_size)
+        scaled = stretch_along(image, hd_size(image.size, view_size, self.max_tiles, self.upscale))
+        canvas = Image.new("RGB", (plan.cols * view_size, plan.rows * view_size), "white")
+        left, top = (canvas.width - scaled.width) // 2, (canvas.height - scaled.height) // 2
+        canvas.paste(scaled, (left, top))
+        return [sample(canvas, (view_size, view_size)), *cut_tiles(canvas, plan.grid, view_size)]
+
+
 TILINGS: dict[str, type[Tiling]] = {
     "resize": ResizeTiling,
     "pad": PadTiling,
     "anyres": AnyresTiling,
     "dynamic": DynamicTiling,
+    "hd": HdTiling,
 }
 
 
@@ -272,79 +355,3 @@ def tiling_config(tiling: Tiling) -> dict[str, Any]:
     """Return the dict that `build_tiling` turns into this tiling again, with every default."""
     name = next(name for name, kind in TILINGS.items() if kind is type(tiling))
     return {"type": name, **asdict(tiling)}
-
-
-def best_fitting_grid(size: Size, view_size: int, candidates: Sequence[Size]) -> Size:
-    """Return the (rows, cols) whose canvas keeps most of the image, then wastes least.
-
-    "Keeps" is the scaled image's area, but never more than the original's, so small images often
-    tie and the least waste decides; a full tie goes to the earlier candidate. After
-    `select_best_resolution` of LLaVA-NeXT's mm_utils.
-    """
-    width, height = size
-    best, most, least_waste = candidates[0], -1, 0
-    for rows, cols in candidates:
-        canvas_width, canvas_height = cols * view_size, rows * view_size
-        scale = min(canvas_width / width, canvas_height / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        waste = canvas_width * canvas_height - kept
-        if kept > most or (kept == most and waste < least_waste):
-            best, most, least_waste = (rows, cols), kept, waste
-    return best
-
-
-def nearest_grid(size: Size, view_size: int, min_tiles: int, max_tiles: int) -> Size:
-    """Return the (rows, cols) with min_tiles..max_tiles tiles of the nearest aspect ratio.
-
-    Among grids of exactly equal distance a larger one wins only if the image has more than half of
-    its pixels. After `find_closest_aspect_ratio` of InternVL's dynamic_preprocess.
-    """
-    width, height = size
-    sides = range(1, max_tiles + 1)
-    shapes = [(c, r) for c in sides for r in sides if min_tiles <= c * r <= max_tiles]
-    best, least = (1, 1), math.inf
-    for cols, rows in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
-        distance = abs(width / height - cols / rows)
-        larger = width * height > 0.5 * view_size * view_size * cols * rows
-        if distance < least or (distance == least and larger):
-            best, least = (rows, cols), distance
-    return best
-
-
-def fit_inside(size: Size, canvas_size: Size) -> Size:
-    """Return the (width, height) of the image scaled, keeping its shape, to fit the canvas.
-
-    The free side is rounded up and clamped (LLaVA-NeXT's `resize_and_pad_image`).
-    """
-    (width, height), (canvas_width, canvas_height) = size, canvas_size
-    scale_x, scale_y = canvas_width / width, canvas_height / height
-    if scale_x < scale_y:
-        return canvas_width, min(math.ceil(height * scale_x), canvas_height)
-    return min(math.ceil(width * scale_y), canvas_width), canvas_height
-
-
-def stretch(image: Image.Image, size: Size) -> Image.Image:
-    """Return the image at exactly `size` (width, height), bicubic as the published models use."""
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def pad_to_square(image: Image.Image, color: Color) -> Image.Image:
-    """Return the image centred on a square of `color` whose side is the image's longer one."""
-    if max(image.size) > _LARGEST_PADDED_SIDE:  # a 1x50000 strip would make a 7.5 GB square
-        side = _LARGEST_PADDED_SIDE
-        image = stretch(image, fit_inside(image.size, (side, side)))
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def cut_tiles(canvas: Image.Image, grid: Size, view_size: int) -> list[Image.Image]:
-    """Return the (view_size, view_size) tiles of the canvas, row by row."""
-    rows, cols = grid
-    assert canvas.size == (cols * view_size, rows * view_size), (canvas.size, grid, view_size)
-    corners = [(col * view_size, row * view_size) for row in range(rows) for col in range(cols)]
-    return [canvas.crop((x, y, x + view_size, y + view_size)) for x, y in corners]

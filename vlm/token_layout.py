@@ -5,7 +5,9 @@ Shapes: T views, (h, w) tokens per view as a grid, N = h * w, E language-model w
 Tilings without a mosaic put view after view. The mosaic of `anyres` (LLaVA-NeXT, "spatial_unpad"):
 the whole image's N tokens first, then the tiles as one picture of (rows * h, cols * w) tokens, cut
 to the part that saw the image, shrunk if it exceeds anyres_max_N, each row closed by a newline.
-That of `pad` with `unpad` (Cambrian-1) is its one view as such a picture.
+That of `pad` with `unpad` (Cambrian-1) is its one view as such a picture. That of `hd`
+(XComposer2-4KHD) closes the rows of the whole image too, puts a separator after them, and keeps
+tokens of padding.
 """
 
 import math
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.errors import UserError
-from vlm.tiling import AnyresTiling, Size, Tiling
+from vlm.tiling import AnyresTiling, Size, Tiling, ViewPlan
 
 # anyres_max_N leaves the features alone until they exceed N tiles by this factor on each side.
 _SHRINK_ABOVE = 1.1
@@ -39,10 +41,9 @@ def num_image_tokens(
         grid: (rows, cols) the image was cut into; None asks the tiling, as for a lone image.
     """
     plan = tiling.plan(*image_size, view_size) if grid is None else tiling.plan_of_grid(grid)
-    height, width = view_token_grid
     if not tiling.is_mosaic:
-        return plan.num_views * height * width
-    whole = height * width if plan.whole == "first" else 0
+        return plan.num_views * view_token_grid[0] * view_token_grid[1]
+    whole = _whole_size(plan, tiling, view_token_grid)
     if plan.grid == (0, 0):
         return whole + tiling.has_newline
     rows, cols = mosaic_size(image_size, tiling, plan.grid, view_token_grid)
@@ -57,6 +58,7 @@ def lay_out(
     view_token_grid: Size,
     newline: Tensor | None = None,
     grid: Size | None = None,
+    separator: Tensor | None = None,
 ) -> Tensor:
     """Join the tokens of one image's views (T, N, E) into its sequence (num_image_tokens, E).
 
@@ -66,8 +68,9 @@ def lay_out(
         tiling: how the image was cut.
         view_size: S, the side of a view in pixels.
         view_token_grid: (h, w) tokens of one view.
-        newline: (E,) the learned row end; needed by a tiling that unpads.
+        newline: (E,) the learned row end, where the tiling has one.
         grid: (rows, cols) the image was cut into; None asks the tiling, as for a lone image.
+        separator: (E,) what stands after the whole image, where the tiling has it.
     """
     plan = tiling.plan(*image_size, view_size) if grid is None else tiling.plan_of_grid(grid)
     assert len(view_tokens) == plan.num_views, (view_tokens.shape, plan)
@@ -77,10 +80,14 @@ def lay_out(
     whole, tiles = view_tokens[:count].flatten(0, 1), view_tokens[count:]
     row_end = None
     if tiling.has_newline:
-        assert newline is not None, "a tiling that unpads needs the newline embedding"
+        assert newline is not None, "a tiling with row ends needs the newline embedding"
         row_end = newline.to(view_tokens)
     if plan.grid == (0, 0):
         return whole if row_end is None else torch.cat([whole, row_end[None]])
+    if tiling.has_separator:
+        assert separator is not None, "this tiling needs the separator's embedding"
+        closed = _close_rows(whole.unflatten(0, view_token_grid), row_end)
+        whole = torch.cat([closed, separator.to(view_tokens)[None]])
 
     (rows, cols), (height, width) = plan.grid, view_token_grid
     picture = tiles.unflatten(0, (rows, cols)).unflatten(2, (height, width))
@@ -92,10 +99,22 @@ def lay_out(
         channels_first = picture.permute(2, 0, 1)[None]
         shrunk = F.interpolate(channels_first, target, mode="bilinear")
         picture = shrunk[0].permute(1, 2, 0)
+    return torch.cat([whole, _close_rows(picture, row_end)])
+
+
+def _close_rows(picture: Tensor, row_end: Tensor | None) -> Tensor:
+    """Return the tokens of a picture (rows, cols, E) in a row, a row end (E,) after each row."""
     if row_end is not None:
-        ends = row_end.expand(picture.shape[0], 1, -1)
-        picture = torch.cat([picture, ends], dim=1)
-    return torch.cat([whole, picture.flatten(0, 1)])
+        picture = torch.cat([picture, row_end.expand(len(picture), 1, -1)], dim=1)
+    return picture.flatten(0, 1)
+
+
+def _whole_size(plan: ViewPlan, tiling: Tiling, view_token_grid: Size) -> int:
+    """Return how many tokens stand before those of the mosaic."""
+    if plan.whole != "first":
+        return 0
+    height, width = view_token_grid
+    return height * (width + 1) + 1 if tiling.has_separator else height * width
 
 
 def mosaic_size(image_size: Size, tiling: Tiling, grid: Size, view_token_grid: Size) -> Size:
@@ -129,11 +148,15 @@ def shown_parts(image_size: Size, tiling: Tiling, grid: Size, feature_grid: Size
     if not tiling.pads:
         return whole.expand(plan.num_views, -1, -1)
     rows, cols = (1, 1) if grid == (0, 0) else grid
-    top, left, kept_rows, kept_cols = unpadded_box(image_size, (rows, cols), feature_grid, True)
+    least = 1 if tiling.pads_whole else 0
+    box = unpadded_box(image_size, (rows, cols), feature_grid, True, least)
+    top, left, kept_rows, kept_cols = box
     picture = torch.zeros(rows * height, cols * width, dtype=torch.bool)
     picture[top : top + kept_rows, left : left + kept_cols] = True
     tiles = picture.reshape(rows, height, cols, width).transpose(1, 2).flatten(0, 1)
-    # With tiles, the whole image is stretched.
+    if tiling.pads_whole:  # a cell of it is the place of rows x cols cells of the picture
+        whole = picture.reshape(1, height, rows, width, cols).any(4).any(2)
+    # With tiles, the whole image is stretched, or shows the same canvas.
     return tiles if len(tiles) == plan.num_views else torch.cat([whole, tiles])
 
 
@@ -142,7 +165,7 @@ def _mosaic_box(
 ) -> tuple[int, int, int, int]:
     """Return `unpadded_box` of a mosaic; something is left of an image that has nothing else."""
     least = 1 if tiling.plan_of_grid(grid).whole == "none" else 0
-    return unpadded_box(image_size, grid, view_token_grid, tiling.has_newline, least)
+    return unpadded_box(image_size, grid, view_token_grid, tiling.unpads, least)
 
 
 def unpadded_box(

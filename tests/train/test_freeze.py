@@ -18,6 +18,14 @@ def test_named_parts_train_and_the_rest_does_not(make_model):
     assert model.lm_head.weight.requires_grad
 
 
+def test_row_ends_train_with_the_connector(make_model):
+    model, _ = make_model(tiling={"type": "hd"})
+    freeze(model, {"connector": 1e-3})
+    assert model.model.image_newline.requires_grad and model.model.image_separator.requires_grad
+    freeze(model, {"language_model": 1e-3})
+    assert not any(p.requires_grad for p in model.model.parameters(recurse=False))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_trainable_parameter_is_in_one_group(make_model, tied):
     model, _ = make_model(tiling={"type": "anyres"}, tied=tied)

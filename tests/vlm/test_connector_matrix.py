@@ -48,6 +48,7 @@ SVA = {
 CHAINS = {
     "mlp": {"type": "mlp"},
     "partial_lora": [{"type": "mlp"}, LORA],
+    "xcomposer2_4khd": [{"type": "pixel_shuffle", "projection": "plain_mlp"}, LORA],
     "deepstack": [{"type": "pixel_shuffle"}, {"type": "deepstack", "factor": 2}],
     "flamingo": [PERCEIVER, GATED],
     "flamingo_previous": [PERCEIVER, {**GATED, "scope": "previous", "every": 2}],
@@ -83,7 +84,10 @@ CHAINS |= {name: {"type": name, **sizes} for name, sizes in BEFORE.items()}
 # The fields of two encoders side by side, for those that need both.
 ENCODERS: dict[str, dict] = {name: {} for name in ("channel_concat", "minigemini", "sva")}
 ENCODERS["minigemini_hd"] = {"tiles": [2, 1], "resize_to": [2, 8]}
-TILINGS = {"cambrian": {"type": "pad", "unpad": True}}
+TILINGS = {
+    "cambrian": {"type": "pad", "unpad": True},
+    "xcomposer2_4khd": {"type": "hd", "max_tiles": 3},
+}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 

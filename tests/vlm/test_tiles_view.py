@@ -35,6 +35,10 @@ def options(*words: str) -> argparse.Namespace:
         (["--tiling", "anyres"], "5 views of 336 pixels, 2340 tokens"),
         (["--option", "grids=(1x1),...,(6x6)", "--option", "max_tiles=9"], "2340 tokens"),
         (["--tiling", "dynamic", "--option", "max_tiles=6"], "dynamic 2 x 3: 7 views"),
+        (
+            ["--tiling", "hd", "--option", "max_tiles=9", "--connector", "pixel_shuffle"],
+            "hd 3 x 3: 10 views of 336 pixels, 1489 tokens",
+        ),
         (["--option", "unpad=false"], "2880 tokens"),
         (["--connector", '{"type": "mlp", "depth": 3}'], "2340 tokens"),
     ],
@@ -55,6 +59,19 @@ def test_token_cells_have_the_colours_of_the_image(picture: Path) -> None:
     assert whole.shape == (24, 24, 3) and mosaic.shape == (36, 49, 3)
     assert np.allclose(mosaic[:, -1], NEWLINE)
     assert np.all(np.diff(mosaic[18, :-1, 0]) > 0)
+
+
+def test_token_cells_of_hd_have_a_separator_between_two_pictures(picture: Path) -> None:
+    words = ("--tiling", "hd", "--option", "max_tiles=9", "--connector", "pixel_shuffle")
+    chosen = options(str(picture), *words)
+    view = tiles_view.view_of_options(chosen, Image.open(picture).convert("RGB"))
+    views = view.tiling.split(view.image, view.view_size, view.mean_color)
+    whole, separator, mosaic = token_blocks(view, views)
+    assert whole.shape == (12, 13, 3) and mosaic.shape == (36, 37, 3)
+    assert separator.shape == (1, 1, 3) and np.allclose(separator, NEWLINE)
+    for block in (whole, mosaic):
+        assert np.allclose(block[:, -1], NEWLINE)
+        assert np.all(np.diff(block[len(block) // 2, :-1, 0]) > 0)
 
 
 def test_a_checkpoints_own_tiling(

@@ -12,6 +12,7 @@ from vlm.tiling import (
     NEXT_GRIDS,
     AnyresTiling,
     DynamicTiling,
+    HdTiling,
     PadTiling,
     ResizeTiling,
     ViewPlan,
@@ -133,6 +134,53 @@ def test_dynamic_images_share_the_tiles() -> None:
     assert DynamicTiling(share_tiles=False).plan(1000, 32, 448, num_images=4).grid == (1, 12)
 
 
+@pytest.mark.parametrize(
+    "size, grid",
+    [
+        ((640, 480), (3, 3)),
+        ((480, 640), (3, 3)),
+        ((1920, 1080), (2, 3)),
+        ((1000, 32), (1, 9)),
+        ((100, 100), (3, 3)),
+        ((1, 50_000), (9, 1)),
+    ],
+)
+def test_hd_scales_up_to_its_tiles(size, grid) -> None:
+    assert HdTiling(max_tiles=9).plan(*size, 336) == ViewPlan(*grid, "first")
+
+
+def test_hd_upscale_bounds_the_growth() -> None:
+    assert HdTiling(max_tiles=18, upscale=1.5).plan(100, 100, 560).grid == (1, 1)
+    assert HdTiling(max_tiles=18, upscale=1.5).plan(374, 374, 560).grid == (2, 2)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (33, 80), (100, 7), (40, 40)])
+def test_hd_pixels_are_the_published_ones(size) -> None:
+    side, image = 28, picture(*size)
+    whole, *tiles = HdTiling(max_tiles=9).split(image, side, GREY)
+    # HD_transform and padding_336 of ixc_utils.py, with 28 in place of 336.
+    turned = image.width < image.height
+    canvas = image.transpose(Image.Transpose.TRANSPOSE) if turned else image
+    ratio, cols = canvas.width / canvas.height, 1
+    while cols * np.ceil(cols / ratio) <= 9:
+        cols += 1
+    new_width = (cols - 1) * side
+    new_height = int(new_width / ratio)
+    scaled = canvas.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    rows = int(np.ceil(new_height / side))
+    canvas = np.full((rows * side, new_width, 3), 255, np.uint8)
+    top = int((rows * side - new_height) / 2)
+    canvas[top : top + new_height] = np.asarray(scaled)
+    canvas = canvas.transpose(1, 0, 2) if turned else canvas
+    blocks = canvas.reshape(canvas.shape[0] // side, side, -1, side, 3).transpose(0, 2, 1, 3, 4)
+    assert np.array_equal(np.stack(tiles), blocks.reshape(-1, side, side, 3))
+    pixels = torch.tensor(canvas).permute(2, 0, 1)[None].float()
+    expected = torch.nn.functional.interpolate(pixels, (side, side), mode="bicubic")[0]
+    found = torch.from_numpy(np.array(whole)).permute(2, 0, 1)
+    # Of float pixels the reference makes no 8-bit ones again.
+    assert (found - expected.clamp(0, 255)).abs().max() <= 0.501
+
+
 @pytest.mark.parametrize("size", [(640, 480), (500, 333), (333, 801), (1000, 32), (70, 70)])
 def test_anyres_pixels_equal_transformers(size) -> None:
     from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -191,7 +239,7 @@ def test_grids_equal_transformers_on_random_sizes() -> None:
         assert DynamicTiling(max_tiles=12).plan(width, height, 448).grid == (rows, cols)
 
 
-@pytest.mark.parametrize("name", ["resize", "pad", "anyres", "dynamic"])
+@pytest.mark.parametrize("name", ["resize", "pad", "anyres", "dynamic", "hd"])
 def test_a_plan_has_as_many_views_as_a_split_and_comes_back_from_its_grid(name) -> None:
     tiling = build_tiling({"type": name})
     for size in SIZES:
@@ -221,6 +269,8 @@ def test_configs_survive_json() -> None:
         ({"type": "anyres", "grids": []}, "grids"),
         ({"type": "anyres", "grids": [[0, 1]]}, "grids"),
         ({"type": "anyres", "max_tiles": 0}, "max_tiles"),
+        ({"type": "hd", "max_tiles": 0}, "max_tiles must be at least 1, not 0"),
+        ({"type": "hd", "upscale": 0.0}, "upscale must be above 0, not 0.0"),
         ("anyres", "{type: resize}"),
     ],
 )

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from vlm.errors import UserError
-from vlm.tiling import NEXT_GRIDS, AnyresTiling, DynamicTiling, PadTiling, ResizeTiling
+from vlm.tiling import (
+    NEXT_GRIDS,
+    AnyresTiling,
+    DynamicTiling,
+    HdTiling,
+    PadTiling,
+    ResizeTiling,
+)
 from vlm.token_layout import (
     images_per_row,
     lay_out,
@@ -54,6 +61,25 @@ NEXT_VIEWS = {
     (1000, 32): (4, 2),
     (100, 100): (3, 24),
 }
+
+
+# XComposer2-4KHD with 9, 16, 25 and 55 tiles, IXC-2.5 with 18; from the repository's own functions.
+HD_TABLE = {
+    (336, 336): (1489, 2509, 3817, 7297, 841),
+    (640, 480): (1489, 1921, 3085, 7141, 2061),
+    (1920, 1080): (1045, 2353, 3661, 8005, 6481),
+    (600, 1800): (1357, 1957, 3709, 7213, 4521),
+    (3840, 2160): (1045, 2353, 3661, 8005, 6481),
+    (1000, 32): (1465, 2473, 3769, 4633, 1641),
+    (100, 100): (1489, 2509, 3817, 7297, 841),
+}
+
+
+@pytest.mark.parametrize("size", HD_TABLE)
+def test_token_counts_of_hd(size) -> None:
+    counts = [num_image_tokens(size, HdTiling(max_tiles=n), 336, (12, 12)) for n in (9, 16, 25, 55)]
+    ixc = HdTiling(max_tiles=18, upscale=1.5)
+    assert (*counts, num_image_tokens(size, ixc, 560, (20, 20))) == HD_TABLE[size]
 
 
 @pytest.mark.parametrize("size", TABLE)
@@ -104,6 +130,8 @@ def test_one_view_under_unpad_has_one_newline() -> None:
         AnyresTiling(grids=RANGE),
         AnyresTiling(grids=RANGE, max_tiles=2),
         AnyresTiling(grids=RANGE, max_tiles=1, unpad=False),
+        HdTiling(max_tiles=7),
+        HdTiling(max_tiles=7, upscale=1.5),
     ],
 )
 @pytest.mark.parametrize("token_grid", [(3, 3), (4, 4), (2, 5)])
@@ -114,7 +142,8 @@ def test_lay_out_has_the_counted_length(tiling, token_grid) -> None:
     for size in map(tuple, sizes):
         plan = tiling.plan(*size, 56)
         tokens = torch.zeros(plan.num_views, token_grid[0] * token_grid[1], 2)
-        laid = lay_out(tokens, size, tiling, 56, token_grid, newline=torch.ones(2))
+        end = torch.ones(2)
+        laid = lay_out(tokens, size, tiling, 56, token_grid, newline=end, separator=end)
         assert laid.shape == (num_image_tokens(size, tiling, 56, token_grid), 2), size
 
 
@@ -194,6 +223,14 @@ def test_padding_is_found(width, height, rows, columns) -> None:
     expected = torch.zeros(1, 8, 8, dtype=torch.bool)
     expected[:, slice(*rows), slice(*columns)] = True
     assert torch.equal(shown_parts((width, height), PadTiling(), (1, 1), (8, 8)), expected)
+
+
+def test_the_whole_of_hd_shows_its_padding() -> None:
+    assert shown_parts((100, 60), HdTiling(), (2, 3), (4, 4)).all()
+    # Of 2 x 3 tiles the image has two rows in the middle, the whole's cells are two rows high.
+    whole, first, *_ = shown_parts((100, 10), HdTiling(), (2, 3), (4, 4))
+    assert whole.tolist() == [[False] * 4, [True] * 4, [True] * 4, [False] * 4]
+    assert first.tolist() == [[False] * 4] * 3 + [[True] * 4]
 
 
 def test_only_tiles_on_a_canvas_are_padded() -> None:
