@@ -80,12 +80,12 @@ def measure(
         moved = {name: x.to(device) for name, x in batch.items() if isinstance(x, Tensor)}
         totals.add(model(**model_inputs(moved)), moved["real"])
     model.train(was_training)
-    figures = _figures(totals.sums(device), num_pairs)
+    figures = figures_of(totals.sums(device), num_pairs)
     say(describe(figures))
     return figures
 
 
-def _figures(sums: Tensor, num_pairs: int) -> dict[str, Any]:
+def figures_of(sums: Tensor, num_pairs: int) -> dict[str, Any]:
     """Return shares with their 95 % intervals, chance levels and losses."""
     averages = Totals.averages(sums)
     *values, n = sums.round().long().tolist()

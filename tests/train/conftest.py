@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+QFORMER = {"type": "qformer", "num_queries": 4, "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
+QFORMER |= {"feed_forward_dim": 32, "max_num_positions": 20, "vocab_size": 60, "dropout": 0.0}
+COLORS, THINGS = ("red", "blue", "green", "grey"), ("ball", "cube", "cone", "box", "pen", "cup")
+
 
 @pytest.fixture
 def data_file(tmp_path: Path, make_image: Callable) -> Path:
@@ -78,3 +82,39 @@ def write_recipe(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def captions(tmp_path: Path, make_image: Callable) -> Path:
+    """24 records, each with a picture and a caption of its own."""
+    rows = []
+    for number in range(24):
+        make_image(seed=number).save(tmp_path / f"{number}.png")
+        text = f"A {COLORS[number % 4]} {THINGS[number // 4]}" + " here" * (number % 3)
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": text}]
+        rows.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture
+def two_stages(tree: dict[str, Any], captions: Path) -> dict[str, Any]:
+    """The shared recipe with a Q-Former, whose first stage stands where `align` stood."""
+    source = {"name": "main", "path": str(captions)}
+    tree["model"]["connector"] = dict(QFORMER)
+    first, second = tree["stages"]
+    first |= {"name": "represent", "data": {"sources": [source]}}
+    first["objective"] = {"type": "qformer_stage1", "shared_dim": 8}
+    del first["chat_template"]
+    second |= {"name": "align", "trainable": {"connector": 1e-3}}
+    second["data"] = {"sources": [source]}
+    return tree
+
+
+@pytest.fixture
+def first_stage(two_stages: dict[str, Any]) -> dict[str, Any]:
+    """The same without its second stage, and without a language model."""
+    del two_stages["stages"][1], two_stages["model"]["language_model"]
+    del two_stages["model"]["chat_template"]
+    return two_stages

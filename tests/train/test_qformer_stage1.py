@@ -5,44 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from data_recipes.mixture import Mixture, parse_sources
 from train.callbacks import read_log
 from vlm.cli import main
 from vlm.image_text_model import ImageTextModel
 from vlm.image_text_processing import ImageTextProcessor
 from vlm.loading import load_model
-
-QFORMER = {"type": "qformer", "num_queries": 4, "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
-QFORMER |= {"feed_forward_dim": 32, "max_num_positions": 20, "vocab_size": 60, "dropout": 0.0}
-COLORS, THINGS = ("red", "blue", "green", "grey"), ("ball", "cube", "cone", "box", "pen", "cup")
-
-
-@pytest.fixture
-def captions(tmp_path, make_image):
-    """24 records, each with a picture and a caption of its own."""
-    rows = []
-    for number in range(24):
-        make_image(seed=number).save(tmp_path / f"{number}.png")
-        text = f"A {COLORS[number % 4]} {THINGS[number // 4]}" + " here" * (number % 3)
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": text}]
-        rows.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps(rows))
-    return path
-
-
-@pytest.fixture
-def two_stages(tree, captions):
-    """The shared recipe with a Q-Former, whose first stage stands where `align` stood."""
-    source = {"name": "main", "path": str(captions)}
-    tree["model"]["connector"] = dict(QFORMER)
-    first, second = tree["stages"]
-    first |= {"name": "represent", "data": {"sources": [source]}}
-    first["objective"] = {"type": "qformer_stage1", "shared_dim": 8}
-    del first["chat_template"]
-    second |= {"name": "align", "trainable": {"connector": 1e-3}}
-    second["data"] = {"sources": [source]}
-    return tree
 
 
 def weights(folder):
@@ -104,3 +74,135 @@ def test_first_stage_then_the_second(two_stages, write_recipe, tmp_path, capsys,
     # a third run finds all done
     assert main(["train", recipe]) == 0
     assert capsys.readouterr().out.count("done before, kept") == 2
+
+
+def run(tree, write_recipe, *words):
+    return main(["train", str(write_recipe(tree)), *words])
+
+
+def test_it_needs_no_language_model_but_others_do(first_stage, write_recipe, capsys, tmp_path):
+    first_stage["stages"][0]["training"]["max_steps"] = 1
+    assert run(first_stage, write_recipe) == 0
+    del first_stage["stages"][0]["objective"]
+    assert run(first_stage, write_recipe) == 2
+    assert "needs language_model" in capsys.readouterr().err
+
+
+FAULTS = {
+    "trains the connector alone, not language_model": lambda s, m: s.update(
+        trainable={"language_model": 1e-3}
+    ),
+    "no chat_template": lambda s, m: s.update(chat_template="chatml"),
+    "has no gradient_checkpointing": lambda s, m: s["training"].update(gradient_checkpointing=True),
+    "per_device_train_batch_size to 2 or more": lambda s, m: s["training"].update(
+        per_device_train_batch_size=1
+    ),
+    "one connector of type qformer, but the connector is mlp": lambda s, m: m.update(
+        connector={"type": "mlp"}
+    ),
+    "'main' leaves the pictures out": lambda s, m: s["data"]["sources"][0].update(
+        image_position="none"
+    ),
+    "unknown objective 'qformer_stage2'": lambda s, m: s["objective"].update(type="qformer_stage2"),
+    "did you mean 'shared_dim'": lambda s, m: s["objective"].update(shared_dims=3),
+    "with a 'type'": lambda s, m: s.update(objective="qformer_stage1"),
+    "shared_dim must be at least 1": lambda s, m: s["objective"].update(shared_dim=0),
+    "set tokenizer too": lambda s, m: s["objective"].update(bert="somewhere"),
+    "objective.held_out: gone.json: cannot be read": lambda s, m: s["objective"].update(
+        held_out=[{"name": "a", "path": "gone.json"}]
+    ),
+    "tokenizer nowhere cannot be loaded": lambda s, m: s["objective"].update(tokenizer="nowhere"),
+    "has vocab_size 60; set it to": lambda s, m: m["connector"].update(instruction=True),
+}
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_mistakes_are_one_sentence(first_stage, write_recipe, words, capsys):
+    FAULTS[words](first_stage["stages"][0], first_stage["model"])
+    assert run(first_stage, write_recipe) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_it_stands_before_the_language_model(two_stages, write_recipe, capsys):
+    two_stages["stages"].reverse()
+    assert run(two_stages, write_recipe) == 2
+    assert "stage 'align' stands before it" in capsys.readouterr().err
+
+
+def test_another_connector_than_the_first_stage_s(two_stages, write_recipe, capsys):
+    recipe = ["--stages.represent.training.max_steps", "1"]
+    assert run(two_stages, write_recipe, *recipe, "--stage", "represent") == 0
+    two_stages["model"]["connector"]["num_queries"] = 5
+    assert run(two_stages, write_recipe, *recipe, "--stage", "align") == 2
+    error = capsys.readouterr().err
+    assert "for 'queries' it has (4, 16), needed is (5, 16)" in error
+
+
+def test_accumulation_weighs_pairs_and_words_alike(first_stage, write_recipe, tmp_path):
+    """4 + 4 pairs of which one is left out: captions and matching are averaged over all 7.
+
+    The contrast compares fewer pairs, so that the rest is looked at: a rate of next to nothing.
+    """
+    stage = first_stage["stages"][0]
+    stage["trainable"], stage["data"]["on_error"] = {"connector": 1e-30}, "skip"
+    stage["training"] |= {"max_steps": 3}
+    (source,) = parse_sources(stage["data"]["sources"], "test")
+    (tmp_path / f"{Mixture([source], [24], seed=0).locate(1)[1]}.png").unlink()
+    logs = []
+    for size, parts in ((8, 1), (4, 2)):
+        words = ["--stages.represent.training.per_device_train_batch_size", str(size)]
+        words += ["--stages.represent.training.gradient_accumulation_steps", str(parts)]
+        folder = tmp_path / f"by{parts}"
+        assert run(first_stage, write_recipe, *words, "--output_dir", str(folder)) == 0
+        logs.append(read_log(folder / "represent" / "training_log.jsonl"))
+    for whole, parts in zip(*logs, strict=True):
+        assert parts["loss/caption"] == pytest.approx(whole["loss/caption"], rel=1e-5)
+        names = ("loss/contrastive", "loss/matching", "loss/caption")
+        assert parts["loss"] == pytest.approx(sum(parts[name] for name in names), rel=1e-5)
+    manifest = json.loads((tmp_path / "by2" / "represent" / "manifest.json").read_text())
+    assert manifest["records"] == {"main": {"seen": 24, "skipped": 1}}
+
+
+def test_bert_gives_words_and_weights(first_stage, write_recipe, tmp_path, capsys):
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    rows = json.loads((tmp_path / "captions.json").read_text())
+    found = {word.lower() for row in rows for word in row["conversations"][1]["value"].split()}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(found)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 20, "vocab_size": len(words)}
+    bert = BertModel(BertConfig(**sizes))
+    bert.save_pretrained(folder)
+    stage = first_stage["stages"][0]
+    stage["objective"] |= {"tokenizer": str(folder), "bert": str(folder)}
+    stage["trainable"], stage["training"]["max_steps"] = {"connector": 1e-30}, 1
+    assert run(first_stage, write_recipe) == 0
+    assert "gives the Q-Former's weights" in capsys.readouterr().out
+    found = weights(tmp_path / "run" / "represent")
+    table = found["connector.qformer.word_embeddings.weight"]
+    torch.testing.assert_close(
+        table[:-1], bert.embeddings.word_embeddings.weight, rtol=0, atol=1e-20
+    )
+    assert len(table) == len(words) + 1  # and [DEC]
+    for ours in ("query_feed_forward", "text_feed_forward"):
+        up = found[f"connector.qformer.layers.1.{ours}.up.weight"]
+        torch.testing.assert_close(up, bert.encoder.layer[1].intermediate.dense.weight)
+
+
+def test_qformer_in_a_list_with_a_feature_map_of_its_own(two_stages, write_recipe, tmp_path):
+    two_stages["model"]["vision_encoder"]["layer"] = [-2, -1]
+    qformer = {**two_stages["model"]["connector"], "features": [1]}
+    two_stages["model"]["connector"] = [qformer, {"type": "partial_lora", "rank": 2}]
+    for stage in two_stages["stages"]:
+        stage["training"] = {"per_device_train_batch_size": 4, "max_steps": 1, "use_cpu": True}
+    two_stages["stages"][1]["trainable"] = {"connector": 1e-12}
+    assert run(two_stages, write_recipe) == 0
+    first, second = weights(tmp_path / "run" / "represent"), weights(tmp_path / "run" / "align")
+    name = "qformer.layers.0.cross_attention.to_k.weight"
+    (found,) = [value for key, value in second.items() if key.endswith(name)]
+    assert found.shape == (16, 24)
+    torch.testing.assert_close(found, first[f"connector.{name}"], rtol=0, atol=1e-9)

@@ -1,0 +1,110 @@
+"""Does a Q-Former's first stage that was killed end as one left alone, and are two ranks as one?"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_recipes.mixture import Mixture, parse_sources
+from train.callbacks import read_log
+from vlm.cli import main
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def log_of(folder):
+    """Return the log without what a clock measured."""
+    lines = read_log(folder / "training_log.jsonl")
+    return [{k: v for k, v in line.items() if not k.endswith("per_second")} for line in lines]
+
+
+def kill_at(recipe, words, folder, step):
+    """Run in a process of its own and kill -9 it when the log has this step."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", str(recipe), *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not any(line["step"] >= step for line in read_log(folder / "training_log.jsonl")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_killed_run_equals_one_left_alone(first_stage, write_recipe, tmp_path, capsys):
+    """With dropout, a worker, accumulation, several epochs and a tokenizer of the captions."""
+    first_stage["model"]["connector"]["dropout"] = 0.1
+    first_stage["stages"][0]["training"] = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 24,
+        "save_steps": 5,
+        "logging_steps": 3,
+        "weight_decay": 0.1,
+        "dataloader_num_workers": 1,
+    }
+    recipe = write_recipe(first_stage)
+    whole, cut = tmp_path / "whole" / "represent", tmp_path / "cut" / "represent"
+    assert main(["train", str(recipe), "--output_dir", str(whole.parent)]) == 0
+    words = ["--output_dir", str(cut.parent)]
+    kill_at(recipe, words, cut, 9)
+    assert main(["train", str(recipe), *words]) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert log_of(cut) == log_of(whole)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(first_stage, write_recipe, tmp_path):
+    """Contrast, drawn negatives and captions: two ranks of 4 pairs are one of 8, step for step.
+
+    The second rank has no pair in the first step and one pair less in the second; captions differ
+    in length, so that ranks pad differently. Plain gradient descent: Adam's first steps are as
+    long for a gradient that is nothing but rounding.
+    """
+    stage = first_stage["stages"][0]
+    stage["training"] |= {"use_cpu": True, "optim": "sgd", "max_grad_norm": 0.0}
+    stage["trainable"]["connector"] = 0.05
+    stage["data"]["on_error"] = "skip"
+    (source,) = parse_sources(stage["data"]["sources"], "test")
+    recipe = str(write_recipe(first_stage))
+    size = "--stages.represent.training.per_device_train_batch_size"
+    order = Mixture([source], [24], seed=0)
+    for position in (4, 5, 6, 7, 12):
+        (tmp_path / f"{order.locate(position)[1]}.png").unlink()
+    assert main(["train", recipe, size, "8", "--output_dir", str(tmp_path / "one")]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--master-port", str(port), "-m", "train", recipe]
+    result = subprocess.run(
+        [*torchrun, size, "4", "--output_dir", str(tmp_path / "two")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    logs = [log_of(tmp_path / name / "represent") for name in ("one", "two")]
+    assert len(logs[0]) == 6
+    for one, two in zip(*logs, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    assert logs[0][-1]["loss"] < logs[0][0]["loss"] - 0.1
+    found = [load_file(tmp_path / n / "represent" / "model.safetensors") for n in ("one", "two")]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-5)
