@@ -25,6 +25,8 @@ from connectors.errors import UserError
 from connectors.float32 import Float32Module
 from connectors.views import TextInput
 
+BERT_WIDTH = 768
+
 
 @dataclass(frozen=True, kw_only=True)
 class QFormerSize:
@@ -161,11 +163,17 @@ class QFormer(Float32Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set new weights as BERT does: N(0, 0.02), biases 0."""
+        """Set new weights as BERT does: N(0, 0.02), biases 0.
+
+        0.02 suits BERT's width. In a narrower Q-Former it would leave each layer a few per cent of
+        a row, so that pictures hardly reach the queries; there it grows as 1 / sqrt(C).
+        """
+        std = 0.02 * (BERT_WIDTH / self.size.hidden_dim) ** 0.5
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.queries, std=0.02)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from connectors.qformer_blocks import TextInput
+from connectors.views import TextInput
 
 LABEL_SMOOTHING = 0.1
 NEVER = -10000.0  # the score of what must not be drawn; finite, so that a row may hold nothing else

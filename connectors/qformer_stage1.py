@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from connectors.float32 import Float32Module
 from connectors.key_table import KeyTable, Layout, Unsqueezed
-from connectors.qformer_blocks import QFormer, QFormerSize, TextInput
+from connectors.qformer_blocks import QFormer, QFormerSize
 from connectors.qformer_keys import NAMES, qformer_keys
 from connectors.qformer_losses import (
     Pairs,
@@ -39,6 +39,7 @@ from connectors.qformer_losses import (
     nearest_is_own,
     similarities,
 )
+from connectors.views import TextInput
 
 
 def alone(x: Tensor) -> Tensor:

@@ -26,26 +26,21 @@ class NextToken:
 class QFormerStage1:
     """BLIP-2's first stage: a Q-Former learns on pictures and captions, without a language model.
 
+    Captions are read in the words of the connector's `tokenizer`, such as google-bert's
+    bert-base-uncased; without one, in their own most frequent words, at most `vocab_size`.
+
     Attributes:
         shared_dim: width of the space in which pictures and captions are compared.
-        tokenizer: folder or hub id of the Q-Former's own, such as google-bert/bert-base-uncased;
-            None: the words of the captions, at most as many as the connector's vocab_size.
         bert: folder or hub id of a BERT of the Q-Former's sizes to start from, as BLIP-2 does.
         held_out: sources of captions to measure on when the stage ends.
     """
 
     shared_dim: int = 256
-    tokenizer: str | None = None
     bert: str | None = None
     held_out: list[Source] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_positive("objective 'qformer_stage1'", shared_dim=self.shared_dim)
-        if self.bert is not None and self.tokenizer is None:
-            raise UserError(
-                "objective 'qformer_stage1': bert gives weights for the words of its own "
-                "tokenizer; set tokenizer too, most often to the same"
-            )
 
 
 Objective = NextToken | QFormerStage1
@@ -96,8 +91,7 @@ def qformer_of(connector: Any) -> dict[str, Any]:
     if len(found) != 1:
         types = ", ".join(entry["type"] for entry in entries)
         raise UserError(
-            f"objective 'qformer_stage1' trains the model's one connector of type qformer, but "
-            f"the connector is {types}"
+            f"trains the model's one connector of type qformer, but the connector is {types}"
         )
     return dict(found[0])
 
@@ -116,38 +110,47 @@ def check_objectives(model: "ModelRecipe", stages: Sequence["StageRecipe"], wher
         )
     for number, stage in enumerate(stages):
         if isinstance(stage.aim, QFormerStage1):
-            place = f"{where}: stages.{stage.name}"
-            if model.checkpoint is not None:
-                raise UserError(f"{place}: objective 'qformer_stage1' starts from model's parts")
-            if before := [earlier.name for earlier in stages[:number] if earlier.name in usual]:
-                raise UserError(
-                    f"{place}: objective 'qformer_stage1' comes before the language model, but "
-                    f"stage {before[0]!r} stands before it"
-                )
-            _check_first_stage(model, stage, place)
+            before = [earlier.name for earlier in stages[:number] if earlier.name in usual]
+            place = f"{where}: stages.{stage.name}: objective 'qformer_stage1'"
+            _check_first_stage(model, stage, stage.aim, before, place)
 
 
-def _check_first_stage(model: "ModelRecipe", stage: "StageRecipe", place: str) -> None:
-    """Refuse what a first stage of the Q-Former does not have."""
-    if set(stage.trainable) != {"connector"}:
-        raise UserError(
-            f"{place}: objective 'qformer_stage1' trains the connector alone, not "
-            f"{', '.join(stage.trainable)}"
-        )
-    if stage.chat_template is not None:
-        raise UserError(f"{place}: objective 'qformer_stage1' reads captions, no chat_template")
-    if stage.training.get("gradient_checkpointing"):
-        raise UserError(f"{place}: objective 'qformer_stage1' has no gradient_checkpointing")
-    one_process = os.environ.get("WORLD_SIZE", "1") == "1"
-    if stage.training.get("per_device_train_batch_size") == 1 and one_process:
-        raise UserError(
-            f"{place}: objective 'qformer_stage1' compares the pairs of a step with each other; "
-            "set training.per_device_train_batch_size to 2 or more"
-        )
-    for source in stage.data.sources:
-        if source.image_position == "none":
-            raise UserError(f"{place}: data source {source.name!r} leaves the pictures out")
+def _check_first_stage(
+    model: "ModelRecipe", stage: "StageRecipe", aim: QFormerStage1, before: list[str], place: str
+) -> None:
+    """Refuse what a first stage of the Q-Former cannot do.
+
+    Args:
+        model: of the recipe.
+        stage: the first stage.
+        aim: its objective.
+        before: stages of a language model that stand before it.
+        place: begins each sentence.
+    """
+    if model.checkpoint is not None:
+        raise UserError(f"{place} starts from the model's parts, not from a checkpoint")
     try:
-        qformer_of(model.connector)
+        qformer = qformer_of(model.connector)
     except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+        raise UserError(f"{place} {error}") from error
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    of_one = stage.training.get("per_device_train_batch_size") == 1
+    no_words = qformer.get("tokenizer") is None
+    blind = [source.name for source in stage.data.sources if source.image_position == "none"]
+    parts = ", ".join(stage.trainable)
+    faults = {
+        f"comes before the language model, but {before} stand before it": bool(before),
+        f"trains the connector alone, not {parts}": parts != "connector",
+        "reads captions and takes no chat_template": stage.chat_template is not None,
+        "has no gradient_checkpointing": bool(stage.training.get("gradient_checkpointing")),
+        "compares the pairs of a step with each other; set "
+        "training.per_device_train_batch_size to 2 or more": of_one and alone,
+        f"needs the pictures that data sources {blind} leave out": bool(blind),
+        "reads instructions in the words of a tokenizer that the connector, with instruction: "
+        "true, has to name; set its tokenizer": no_words and bool(qformer.get("instruction")),
+        "starts from a bert that knows the words of its own tokenizer; set the connector's "
+        "tokenizer": no_words and aim.bert is not None,
+    }
+    for sentence, wrong in faults.items():
+        if wrong:
+            raise UserError(f"{place} {sentence}")

@@ -70,12 +70,12 @@ def build_first_stage(
     assert recipe.model.vision_encoder is not None, "checked on reading"
     encoder = load_vision_encoder(recipe.model.vision_encoder, getattr(torch, dtype))
     qformer, features = _split_features(qformer_of(recipe.model.connector))
-    tokenizer = _tokenizer(aim, qformer, dataset)
+    tokenizer = _tokenizer(qformer, dataset)
     config = ImageTextConfig(
         vision_config=dict(encoder.config),
         connector_config=qformer,
         features=features,
-        vocab_size=len(tokenizer),
+        vocab_size=qformer["vocab_size"] if qformer["instruction"] else len(tokenizer),
         shared_dim=aim.shared_dim,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -130,19 +130,18 @@ def _split_features(entry: dict[str, Any]) -> tuple[dict[str, Any], list[int] | 
     return config, None if features is None else list(features)
 
 
-def _tokenizer(aim: QFormerStage1, qformer: dict[str, Any], dataset: CaptionDataset) -> Any:
+def _tokenizer(qformer: dict[str, Any], dataset: CaptionDataset) -> Any:
     """Return the Q-Former's tokenizer: the one named, or one of the captions' words."""
-    most = qformer["vocab_size"]
-    if aim.tokenizer is not None:
-        tokenizer = load_caption_tokenizer(aim.tokenizer)
-    else:
+    name, most = qformer["tokenizer"], qformer["vocab_size"]
+    if name is None:
         tokenizer = count_caption_tokenizer(dataset.texts(MOST_CAPTIONS), most)
-        say(f"no tokenizer is named: the captions' own words, {len(tokenizer)} tokens")
-    if qformer["instruction"] and len(tokenizer) != most:
+        say(f"the connector names no tokenizer: the captions' own words, {len(tokenizer)} tokens")
+        return tokenizer
+    tokenizer = load_caption_tokenizer(name)
+    if len(tokenizer) > most:
         raise UserError(
-            f"the Q-Former's tokenizer has {len(tokenizer)} tokens, but the connector, which will "
-            f"read instructions with the same words, has vocab_size {most}; set it to "
-            f"{len(tokenizer)}"
+            f"the Q-Former's tokenizer {name} has {len(tokenizer)} tokens, but the connector knows "
+            f"{most}; set its vocab_size, or another tokenizer"
         )
     return tokenizer
 

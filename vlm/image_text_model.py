@@ -16,9 +16,9 @@ from connectors.base import join_channels
 from connectors.config import config_from_mapping
 from connectors.float32 import float32_modules
 from connectors.qformer import QFormerConfig
-from connectors.qformer_blocks import TextInput
 from connectors.qformer_losses import Pairs, Stage1Output
 from connectors.qformer_stage1 import QFormerStage1, alone
+from connectors.views import TextInput
 from vlm.encoders import VisionEncoder, build_vision_encoder
 from vlm.encoders.base import restore_buffers
 from vlm.errors import UserError

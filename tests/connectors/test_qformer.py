@@ -250,6 +250,15 @@ def test_dropout_is_in_training_alone():
     assert torch.equal(connector(maps), connector(maps))
 
 
+def test_new_weights_are_bert_s_at_bert_s_width_and_larger_in_narrower_ones():
+    for width, expected in ((768, 0.02), (192, 0.04)):
+        size = {"hidden_dim": width, "num_layers": 1, "num_heads": 2, "feed_forward_dim": width}
+        qformer = QFormer(QFormerSize(vision_dim=10, vocab_size=30, **size))
+        found = qformer.layers[0].attention.to_q.weight.std().item()
+        assert found == pytest.approx(expected, rel=0.05)
+        assert qformer.word_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_published_size():
     with torch.device("meta"):
         connector = build_connector({"type": "qformer"}, [1408], 2560)

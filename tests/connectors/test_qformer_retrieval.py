@@ -4,8 +4,9 @@ import torch
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from connectors.checkpoint_keys import read_published, translate_back
-from connectors.qformer_blocks import QFormerSize, TextInput
+from connectors.qformer_blocks import QFormerSize
 from connectors.qformer_stage1 import QFormerStage1, retrieval_keys
+from connectors.views import TextInput
 
 WIDTH, QUERIES, WORDS = 32, 5, 40
 SIZE = QFormerSize(

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from data_recipes.mixture import Mixture, parse_sources
 from train.callbacks import read_log
+from vlm.caption_tokenizer import count_caption_tokenizer
 from vlm.cli import main
 from vlm.image_text_model import ImageTextModel
 from vlm.image_text_processing import ImageTextProcessor
@@ -32,7 +33,7 @@ def test_first_stage_then_the_second(two_stages, write_recipe, tmp_path, capsys,
 
     # the encoder is frozen, there is no language model, and what ran is said
     assert "language_model" not in told.split("stage represent: done")[0]
-    assert "connector             0.0" in told and "the captions' own words" in told
+    assert "connector             0.0" in told and "the captions' own words, 46 tokens" in told
     encoder = load_file(encoder_folder / "model.safetensors")
     first = weights(folder)
     tower = {k.removeprefix("vision_tower."): v for k, v in first.items() if "vision_tower" in k}
@@ -92,7 +93,7 @@ FAULTS = {
     "trains the connector alone, not language_model": lambda s, m: s.update(
         trainable={"language_model": 1e-3}
     ),
-    "no chat_template": lambda s, m: s.update(chat_template="chatml"),
+    "takes no chat_template": lambda s, m: s.update(chat_template="chatml"),
     "has no gradient_checkpointing": lambda s, m: s["training"].update(gradient_checkpointing=True),
     "per_device_train_batch_size to 2 or more": lambda s, m: s["training"].update(
         per_device_train_batch_size=1
@@ -100,24 +101,35 @@ FAULTS = {
     "one connector of type qformer, but the connector is mlp": lambda s, m: m.update(
         connector={"type": "mlp"}
     ),
-    "'main' leaves the pictures out": lambda s, m: s["data"]["sources"][0].update(
+    "the pictures that data sources ['main']": lambda s, m: s["data"]["sources"][0].update(
         image_position="none"
     ),
     "unknown objective 'qformer_stage2'": lambda s, m: s["objective"].update(type="qformer_stage2"),
     "did you mean 'shared_dim'": lambda s, m: s["objective"].update(shared_dims=3),
     "with a 'type'": lambda s, m: s.update(objective="qformer_stage1"),
     "shared_dim must be at least 1": lambda s, m: s["objective"].update(shared_dim=0),
-    "set tokenizer too": lambda s, m: s["objective"].update(bert="somewhere"),
+    "words of its own tokenizer; set": lambda s, m: s["objective"].update(bert="x"),
+    "bert bert cannot be loaded": lambda s, m: (
+        s["objective"].update(bert="bert"),
+        m["connector"].update(tokenizer="words"),
+    ),
     "objective.held_out: gone.json: cannot be read": lambda s, m: s["objective"].update(
         held_out=[{"name": "a", "path": "gone.json"}]
     ),
-    "tokenizer nowhere cannot be loaded": lambda s, m: s["objective"].update(tokenizer="nowhere"),
-    "has vocab_size 60; set it to": lambda s, m: m["connector"].update(instruction=True),
+    "tokenizer nowhere cannot be loaded": lambda s, m: m["connector"].update(tokenizer="nowhere"),
+    "reads instructions in the words of a tokenizer": lambda s, m: m["connector"].update(
+        instruction=True
+    ),
+    "has 5 tokens, but the connector knows 4": lambda s, m: m["connector"].update(
+        tokenizer="words", vocab_size=4
+    ),
 }
 
 
 @pytest.mark.parametrize("words", FAULTS)
-def test_mistakes_are_one_sentence(first_stage, write_recipe, words, capsys):
+def test_mistakes_are_one_sentence(first_stage, write_recipe, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    count_caption_tokenizer([], 5).save_pretrained("words")
     FAULTS[words](first_stage["stages"][0], first_stage["model"])
     assert run(first_stage, write_recipe) == 2
     error = capsys.readouterr().err
@@ -128,7 +140,7 @@ def test_mistakes_are_one_sentence(first_stage, write_recipe, words, capsys):
 def test_it_stands_before_the_language_model(two_stages, write_recipe, capsys):
     two_stages["stages"].reverse()
     assert run(two_stages, write_recipe) == 2
-    assert "stage 'align' stands before it" in capsys.readouterr().err
+    assert "['align'] stand before it" in capsys.readouterr().err
 
 
 def test_another_connector_than_the_first_stage_s(two_stages, write_recipe, capsys):
@@ -178,7 +190,8 @@ def test_bert_gives_words_and_weights(first_stage, write_recipe, tmp_path, capsy
     bert = BertModel(BertConfig(**sizes))
     bert.save_pretrained(folder)
     stage = first_stage["stages"][0]
-    stage["objective"] |= {"tokenizer": str(folder), "bert": str(folder)}
+    stage["objective"]["bert"] = str(folder)
+    first_stage["model"]["connector"]["tokenizer"] = str(folder)
     stage["trainable"], stage["training"]["max_steps"] = {"connector": 1e-30}, 1
     assert run(first_stage, write_recipe) == 0
     assert "gives the Q-Former's weights" in capsys.readouterr().out
@@ -191,6 +204,21 @@ def test_bert_gives_words_and_weights(first_stage, write_recipe, tmp_path, capsy
     for ours in ("query_feed_forward", "text_feed_forward"):
         up = found[f"connector.qformer.layers.1.{ours}.up.weight"]
         torch.testing.assert_close(up, bert.encoder.layer[1].intermediate.dense.weight)
+
+
+def test_instructions_are_read_in_the_first_stage_s_words(two_stages, write_recipe, tmp_path):
+    folder = tmp_path / "words"
+    count_caption_tokenizer(["What here", "a red ball"], 50).save_pretrained(folder)
+    two_stages["model"]["connector"] |= {"instruction": True, "tokenizer": str(folder)}
+    for stage in two_stages["stages"]:
+        stage["training"] = {"per_device_train_batch_size": 4, "max_steps": 1}
+        stage["training"] |= {"use_cpu": True, "bf16": True}
+    two_stages["stages"][1]["trainable"] = {"connector": 1e-12}
+    assert run(two_stages, write_recipe) == 0
+    first, second = weights(tmp_path / "run" / "represent"), weights(tmp_path / "run" / "align")
+    for name in ("word_embeddings.weight", "layers.0.text_feed_forward.up.weight"):
+        ours = second[f"model.connector.qformer.{name}"]
+        torch.testing.assert_close(ours, first[f"connector.qformer.{name}"], rtol=0, atol=1e-9)
 
 
 def test_qformer_in_a_list_with_a_feature_map_of_its_own(two_stages, write_recipe, tmp_path):
