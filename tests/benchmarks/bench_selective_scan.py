@@ -1,14 +1,16 @@
 """How fast is the selective scan on one CPU thread, and how much memory does it take?
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_selective_scan.py [--shape vim_224]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_selective_scan.py --shape vim_224
+    ... --into docs/encoders.md   # each shape's table between its markers, `<!-- scan vim_224 -->`
 
-Times are CPU milliseconds of this process, the best of some runs, of all methods in one process:
-trust their ratios. Memory is how far the resident set grew at its peak, in a process of its own for
-each method. Every method's numbers are held against the others'. Shapes and the estimate of the
-floor are those of specs/backbones.md 5: softplus, z and bias are left out, D is in.
+Times are CPU milliseconds of this process, the best of the runs that fit into `--seconds` (one at
+least), all methods in one process: trust their ratios. Memory is how far the resident set grew at
+its peak, in a process of its own for each method. Every method's numbers are held against the
+others'. Shapes and the estimate of the floor are those of specs/backbones.md 5: softplus, z and
+bias are left out, D is in.
 
 `published` is the loop that the reference publishes; its backward takes time quadratic in L and is
-run at the first shape only. `fair` is the same loop, with what keeps it slow taken out.
+run up to a length of 512 only. `fair` is the same loop, with what keeps it slow taken out.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,12 +28,23 @@ from torch import Tensor
 from vlm.encoders.selective_scan import selective_scan, selective_scan_channels_last
 from vlm.errors import UserError
 
+sys.path.append(str(Path(__file__).parents[1]))
+from marked_pages import put
+
 # Batch, channels, length, states and groups.
 SHAPES = {
     "vim_224": (4, 768, 197, 16, 1),
     "vim_1248": (1, 768, 6084, 16, 1),
     "vmamba_stage1": (4, 192, 3136, 1, 4),
+    "tiny": (2, 8, 33, 4, 2),  # to see that all runs
 }
+TITLES = {
+    "vim_224": "Vim-S at 224 pixels",
+    "vim_1248": "Vim-S at 1248 pixels",
+    "vmamba_stage1": "VMamba-T, stage 1, at 224 pixels",
+    "tiny": "To see that all runs",
+}
+LONGEST_PUBLISHED_BACKWARD = 512
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # u, delta, A, B, C, D
 LIMIT_KB = 64  # glibc maps larger pieces by themselves, so that freeing them shows
 
@@ -115,16 +129,15 @@ def call(method: str, inputs: Inputs, backward: bool) -> list[Tensor]:
     return results
 
 
-def milliseconds(method: str, inputs: Inputs, backward: bool, repeats: int) -> float:
-    """Return the CPU time of the fastest of some runs; a run of over five seconds is the last."""
-    best = float("inf")
-    for _ in range(repeats):
+def milliseconds(method: str, inputs: Inputs, backward: bool, seconds: float) -> float:
+    """Return the CPU time of the fastest of the runs that fit into `seconds`, one at least."""
+    best, begin = float("inf"), time.monotonic()
+    while True:
         start = time.process_time()
         call(method, inputs, backward)
         best = min(best, time.process_time() - start)
-        if best > 5:
-            break
-    return 1000 * best
+        if time.monotonic() - begin + best > seconds:
+            return 1000 * best
 
 
 def peak_megabytes(method: str, shape: str, backward: bool) -> float:
@@ -187,22 +200,33 @@ def floor(shape: str, backward: bool) -> float:
 
 
 def available(method: str) -> bool:
+    """Say whether a backend is installed; if not, say why."""
     try:
-        call(method, make_inputs("vmamba_stage1", METHODS[method][1]), False)
+        call(method, make_inputs("tiny", METHODS[method][1]), False)
     except UserError as error:
-        print(f"{method}: {error}")
+        print(f"{method}: {error}", file=sys.stderr)
         return False
     return True
 
 
-def compare(shape: str, backward: bool, repeats: int, memory: bool) -> None:
-    """Print the table of one shape, and fail if two methods differ."""
-    print(f"\n{shape} {SHAPES[shape]}, {'forward and backward' if backward else 'forward'}")
-    lowest = floor(shape, backward)
+@dataclass(frozen=True)
+class Cell:
+    """What one method took: CPU milliseconds, and megabytes, None where they are not measured."""
+
+    milliseconds: float
+    megabytes: float | None
+
+
+def measure(shape: str, backward: bool, seconds: float, memory: bool) -> dict[str, Cell]:
+    """Return what every method takes at a shape.
+
+    Raises:
+        AssertionError: two methods' numbers differ.
+    """
     methods = [m for m in METHODS if m in ("published", "fair") or available(m)]
-    if backward and shape != "vim_224":
+    if backward and SHAPES[shape][2] > LONGEST_PUBLISHED_BACKWARD:
         methods.remove("published")
-    times: dict[str, float] = {}
+    cells: dict[str, Cell] = {}
     expected: list[Tensor] | None = None
     for method in methods:
         inputs = make_inputs(shape, METHODS[method][1])
@@ -210,32 +234,76 @@ def compare(shape: str, backward: bool, repeats: int, memory: bool) -> None:
         expected = expected or results
         for got, want in zip(results, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * want.abs().max().item())
-        times[method] = milliseconds(method, inputs, backward, repeats)
-        ratios = [
-            f"{times[base] / times[method]:7.1f}x of {base}"
+        del results
+        took = milliseconds(method, inputs, backward, seconds)
+        cells[method] = Cell(took, peak_megabytes(method, shape, backward) if memory else None)
+        print(f"  {method:16}{cells[method]}", file=sys.stderr, flush=True)
+    return cells
+
+
+def rows(cells: dict[str, Cell], lowest: float) -> list[list[str]]:
+    """Return a table's cells: of each method, and of the floor, `lowest` milliseconds."""
+    lines = []
+    for method, cell in cells.items():
+        faster = [
+            f"{cells[base].milliseconds / cell.milliseconds:.1f}x" if base in cells else "-"
             for base in ("published", "fair")
-            if base in times
         ]
-        peak = f"{peak_megabytes(method, shape, backward):8.1f} MB" if memory else ""
-        over = f"{times[method] / lowest:6.1f} floors"
-        print(f"  {method:26}{times[method]:10.1f} ms {peak} {over} {' '.join(ratios)}", flush=True)
-    print(f"  {'floor (estimate)':26}{lowest:10.1f} ms")
+        over, megabytes, share = f"{cell.milliseconds / lowest:.1f}x", "-", "-"
+        if cell.megabytes is not None:
+            megabytes = f"{cell.megabytes:.0f}"
+            base = cells["published"].megabytes if "published" in cells else None
+            share = f"{100 * cell.megabytes / base:.0f}%" if base else "-"
+        lines.append([method, f"{cell.milliseconds:.1f}", *faster, over, megabytes, share])
+    return [*lines, ["floor (estimate)", f"{lowest:.1f}", "-", "-", "1x", "-", "-"]]
+
+
+def table(shape: str, seconds: float, memory: bool) -> str:
+    """Measure a shape; return its table, forward and forward with backward, as Markdown."""
+    batch, channels, length, states, groups = SHAPES[shape]
+    several = f"; {groups} groups" if groups > 1 else ""
+    heading = "method | ms | against published | against fair | over the floor | MB | of published"
+    lines = [
+        f"{TITLES[shape]}: batch {batch}, {channels} channels, length {length}, "
+        f"{states} state{'s' if states > 1 else ''}{several}.",
+        "",
+        f"| pass | {heading} |",
+        "|---" * 8 + "|",
+    ]
+    for backward in (False, True):
+        name = "forward and backward" if backward else "forward"
+        print(f"{shape}, {name}", file=sys.stderr)
+        cells = measure(shape, backward, seconds, memory)
+        for row in rows(cells, floor(shape, backward)):
+            lines.append(f"| {name} | {' | '.join(row)} |")
+        if "published" not in cells:
+            lines += [
+                "",
+                "The published loop's backward takes time quadratic in the length: not run here.",
+            ]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", choices=SHAPES)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-memory", action="store_true")
+    """Measure, and print the tables or put them into a page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, help="measure this one; without it, all three")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each method and pass")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--into", type=Path, help="put the tables into this page, at their markers")
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--backward", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.peak:
-        return print_peak(arguments.peak, arguments.shape, arguments.backward)
-    for shape in [arguments.shape] if arguments.shape else SHAPES:
-        for backward in (False, True):
-            compare(shape, backward, arguments.repeats, not arguments.no_memory)
+    if options.peak:
+        return print_peak(options.peak, options.shape, options.backward)
+    shapes = [options.shape] if options.shape else [s for s in SHAPES if s != "tiny"]
+    for shape in shapes:
+        made = table(shape, options.seconds, not options.no_memory)
+        print(f"\n{made}\n", flush=True)
+        if options.into:
+            put(options.into, {f"scan {shape}": made})
+    return None
 
 
 if __name__ == "__main__":

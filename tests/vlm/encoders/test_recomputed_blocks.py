@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_inputs_without_gradients(name, build, make, rows):
 def test_a_model_that_cannot():
     config = {"type": "timm", "source": "convit_tiny", "layer": -1, "image_size": 32}
     sizes = {"embed_dim": 8, "depth": 1, "local_up_to_layer": 0, "num_heads": 2}
-    encoder = build_vision_encoder({**config, "model_args": sizes}).train()
+    encoder: Any = build_vision_encoder({**config, "model_args": sizes}).train()
     images = torch.zeros(1, 3, 32, 32)
     encoder(images)
     encoder.gradient_checkpointing = True
