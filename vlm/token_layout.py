@@ -228,8 +228,9 @@ def images_per_row(
     if len(counts) < len(row_tokens) or used < len(image_tokens):
         row = min(len(counts), len(row_tokens) - 1)
         names = "" if record_ids is None else f" (records {', '.join(map(str, record_ids))})"
-        of_rows = record_ids is not None and len(record_ids) == len(row_tokens)
-        name = f"record {record_ids[row]}" if of_rows else f"row {row}"
+        name = f"row {row}"
+        if record_ids is not None and len(record_ids) == len(row_tokens):
+            name = f"record {record_ids[row]}"
         raise UserError(
             f"{sum(row_tokens)} image tokens in input_ids but {sum(image_tokens)} image features; "
             f"rows have {list(row_tokens)} tokens, images {list(image_tokens)} features; first "
