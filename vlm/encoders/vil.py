@@ -22,7 +22,8 @@ from torch import Tensor
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from vlm.encoders import vil_keys
-from vlm.encoders.base import IMAGENET_224, EncoderConfig, VisionEncoder, fill, load_strict
+from vlm.encoders.base import IMAGENET_224, VisionEncoder, fill, load_strict
+from vlm.encoders.drop_path import DropPathConfig
 from vlm.encoders.initial_weights import keep
 from vlm.encoders.patch_check import check_patches
 from vlm.encoders.vil_blocks import EXPAND, HEADS, ViL, ViLArchitecture
@@ -47,8 +48,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViLEncoderConfig(EncoderConfig):
-    """ViL: by the name of a published architecture, by its numbers, or by a file of weights."""
+class ViLEncoderConfig(DropPathConfig):
+    """ViL: by the name of a published architecture, by its numbers, or by a file of weights.
+
+    `drop_path` is every block's, as the reference's is by default.
+    """
 
     architecture: str | dict | None = None  # a name, or fields of ViLArchitecture
 
@@ -63,7 +67,8 @@ class ViLEncoder(VisionEncoder[ViLEncoderConfig]):
         """Build the layers asked for."""
         super().__init__(config)
         self.architecture = read_architecture(config)
-        self.model = ViL(self.architecture, config.layers, config.layer == "last")
+        normed = config.layer == "last"
+        self.model = ViL(self.architecture, config.layers, normed, config.drop_path)
         keep(self.model)
         self.settle(config)
 

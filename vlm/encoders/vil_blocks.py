@@ -15,6 +15,8 @@ Surprises:
 - A norm's weight is stored less 1, except that of version 1's last norm.
 - Version 1 ends with two norms in a row when `legacy_norm` is set, as in all its published weights.
   Version 2's `legacy_norm` belongs to the classifier (it norms the two corner tokens side by side).
+- With drop path the reference leaves out a fixed share of a batch, here each sample by itself is
+  left out as often. Its rate is the same for all blocks unless `drop_path_decay` is set.
 - At stride 8 the reference stores positions for a grid of 16-pixel patches and resizes them in
   every forward pass; so does this file for any other size.
 """
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlm.encoders.drop_path import drop_path
 from vlm.encoders.mlstm import mlstm
 from vlm.encoders.position_resize import resize_positions
 from vlm.encoders.vim_blocks import PatchEmbedding
@@ -158,31 +161,30 @@ class Layer(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """x + layer(norm(x)), from the top left or from the bottom right."""
+    """x + drop_path(layer(norm(x))), from the top left or from the bottom right."""
 
-    def __init__(self, dim: int, version: Version, backward: bool) -> None:
+    def __init__(self, dim: int, version: Version, backward: bool, drop_rate: float) -> None:
         """Draw new weights."""
         super().__init__()
         self.norm = OffsetNorm(dim, bias=version == 2)
         self.layer = Layer(dim, version)
-        self.backward = backward
+        self.backward, self.drop_rate = backward, drop_rate
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         h = self.norm(x)
-        if self.backward:
-            return x + self.layer(h.flip(1), grid).flip(1)
-        return x + self.layer(h, grid)
+        h = self.layer(h.flip(1), grid).flip(1) if self.backward else self.layer(h, grid)
+        return x + drop_path(h, self.drop_rate, self.training)
 
 
 class Pair(nn.Module):
     """A forward block, then a backward one."""
 
-    def __init__(self, dim: int, version: Version) -> None:
+    def __init__(self, dim: int, version: Version, drop_rate: float) -> None:
         """Draw new weights."""
         super().__init__()
-        self.rowwise_from_top_left = Block(dim, version, backward=False)
-        self.rowwise_from_bot_right = Block(dim, version, backward=True)
+        self.rowwise_from_top_left = Block(dim, version, False, drop_rate)
+        self.rowwise_from_bot_right = Block(dim, version, True, drop_rate)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -215,13 +217,20 @@ class ViL(nn.Module):
         norm, legacy_norm: the last norms, None where nobody asked for them.
     """
 
-    def __init__(self, architecture: ViLArchitecture, layers: Sequence[int], normed: bool) -> None:
+    def __init__(
+        self,
+        architecture: ViLArchitecture,
+        layers: Sequence[int],
+        normed: bool,
+        drop_path_rate: float = 0.0,
+    ) -> None:
         """Draw new weights.
 
         Args:
             architecture: with stride and position grid; its depth counts blocks that are not built.
             layers: blocks (pairs) asked for, negative, from the end; later ones are not built.
             normed: whether the features asked for go through the last norms.
+            drop_path_rate: of every block, in training.
         """
         super().__init__()
         a = architecture
@@ -230,8 +239,9 @@ class ViL(nn.Module):
         self.patch_embed = PatchEmbedding(a.dim, a.patch_size, a.stride)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a view: in place
         self.pos_embed = Positions(a.position_grid, a.dim)
+        rate = drop_path_rate
         blocks = [
-            Pair(a.dim, 2) if a.version == 2 else Block(a.dim, 1, backward=i % 2 == 1)
+            Pair(a.dim, 2, rate) if a.version == 2 else Block(a.dim, 1, i % 2 == 1, rate)
             for i in range(max(self.entries) + 1)
         ]
         self.blocks = nn.ModuleList(blocks)

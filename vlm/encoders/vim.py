@@ -20,7 +20,8 @@ from torch import Tensor
 
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
-from vlm.encoders.base import IMAGENET_224, EncoderConfig, VisionEncoder, fill, load_strict
+from vlm.encoders.base import IMAGENET_224, VisionEncoder, fill, load_strict
+from vlm.encoders.drop_path import DropPathConfig
 from vlm.encoders.initial_weights import keep
 from vlm.encoders.patch_check import check_patches
 from vlm.encoders.position_resize import Rule
@@ -39,20 +40,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class VimEncoderConfig(EncoderConfig):
+class VimEncoderConfig(DropPathConfig):
     """Vim: by the name of a published architecture, or by its numbers.
 
     Layer "last" goes through the final norm; so the published models' features were trained.
+    `drop_path` is the last block's, the first has none; 0.05 in the small model's pretraining.
     """
 
     architecture: str | dict | None = None  # a name, or fields of VimArchitecture
-    drop_path: float = 0.0  # of the last block while training; 0.05 in Vim's small pretraining
     position_resize: Rule = "middle"  # see position_resize.py; "official" is the reference's
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"vision encoder: drop_path must be in [0, 1), not {self.drop_path}")
 
 
 class VimEncoder(VisionEncoder[VimEncoderConfig]):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vlm.encoders.drop_path import drop_path, drop_rates
 from vlm.encoders.position_resize import Rule, class_token_places, insert_tokens, resize_positions
 from vlm.encoders.ssd_mixer import Mamba2Mixer
 from vlm.encoders.vim_mixer import Directions, MambaMixer
@@ -81,23 +82,6 @@ def patch_grid(size: tuple[int, int], patch_size: int, stride: int) -> tuple[int
     """
     height, width = ((side - patch_size) // stride + 1 for side in size)
     return height, width
-
-
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Return x (B, ...) with whole samples set to zero at `rate`, the others scaled up for it."""
-    if rate == 0.0 or not training:
-        return x
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    return x * (x.new_empty(shape).bernoulli_(1 - rate) / (1 - rate))
-
-
-def drop_rates(last: float, depth: int) -> list[float]:
-    """Return each block's rate, growing from 0 to `last`.
-
-    Vim drops a block's output at the start of the next one, which has its rate one place later in
-    the list; counted by the block that made the output, the rates are these.
-    """
-    return [last * i / max(depth - 1, 1) for i in range(depth)]
 
 
 class RMSNorm(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
-from vlm.encoders.base import IMAGENET_224, EncoderConfig, VisionEncoder, fill, load_strict
+from vlm.encoders.base import IMAGENET_224, VisionEncoder, fill, load_strict
+from vlm.encoders.drop_path import DropPathConfig
 from vlm.encoders.initial_weights import keep
 from vlm.encoders.vision_checkpoint import find_checkpoint, read_checkpoint, save_weights
 from vlm.encoders.vmamba_blocks import VMambaArchitecture
@@ -61,17 +62,14 @@ FILE_NAMES: dict[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class VMambaEncoderConfig(EncoderConfig):
-    """VMamba: by the name of a published architecture, or by its numbers."""
+class VMambaEncoderConfig(DropPathConfig):
+    """VMamba: by the name of a published architecture, or by its numbers.
+
+    `drop_path` is the last block's, the first has none; 0.2 to 0.6 in the pretraining.
+    """
 
     architecture: str | dict | None = None  # a name, or fields of VMambaArchitecture
-    drop_path: float = 0.0  # of the last block while training; 0.2 to 0.6 in the pretraining
     join_stages: bool = True  # layer "last": the last two stages as one map, or the last alone
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"vision encoder: drop_path must be in [0, 1), not {self.drop_path}")
 
     @property
     def output(self) -> Output:

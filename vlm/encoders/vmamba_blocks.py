@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.encoders.cross_scan import REVERSE, Mode, inverse, join_walks, take_own, take_walks, walks
+from vlm.encoders.drop_path import drop_path
 from vlm.encoders.initial_weights import decay_logs, linear_weight, step_bias, step_weight
 from vlm.encoders.selective_scan import selective_scan_channels_last
-from vlm.encoders.vim_blocks import drop_path
 
 NUM_WALKS = 4
 

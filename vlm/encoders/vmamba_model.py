@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlm.encoders.vim_blocks import drop_rates
+from vlm.encoders.drop_path import drop_rates
 from vlm.encoders.vmamba_blocks import (
     Stage,
     VMambaArchitecture,

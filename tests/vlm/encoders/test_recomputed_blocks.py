@@ -76,7 +76,7 @@ def test_every_type_is_tested(tiny):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_trained(name, build, make, rows):
-    drops = {"drop_path": 0.3} if name in ("vim", "vmamba") else {}
+    drops = {"drop_path": 0.3} if name in ("vim", "vmamba", "vil", "vil_v1") else {}
     model, processor = make(build(name, **drops))
     batch = processor.collate(rows(processor), "right")
     calls = count_calls(model, PARTS[name])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vlm.encoders.base import saved_config
 from vlm.encoders.vil import ARCHITECTURES, ViLEncoder, ViLEncoderConfig
-from vlm.encoders.vil_blocks import Cell, OffsetNorm, ViL, ViLArchitecture
+from vlm.encoders.vil_blocks import Block, Cell, OffsetNorm, ViL, ViLArchitecture
 from vlm.encoders.vil_keys import PAIR, model_names
 from vlm.errors import UserError
 
@@ -210,6 +210,19 @@ def test_new_weights_are_marked_as_drawn():
     assert all(hasattr(p, "_is_hf_initialized") for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_drop_path_is_every_blocks(version, randomise):
+    encoder = build(randomise, architecture={**TINY, "version": version}, drop_path=0.6)
+    blocks = [block for block in encoder.modules() if isinstance(block, Block)]
+    assert [block.drop_rate for block in blocks] == [0.6] * 3 * version
+    x = torch.randn(500, 4, 8)
+    outputs = {training: blocks[1].train(training)(x, (2, 2)) for training in (True, False)}
+    left = (outputs[True] == x).flatten(1).all(1)
+    assert 0.5 < left.float().mean() < 0.7
+    kept, whole = (outputs[training][~left] - x[~left] for training in (True, False))
+    torch.testing.assert_close(kept, whole / 0.4, rtol=1e-3, atol=1e-4)
+
+
 def test_bfloat16(randomise):
     encoder = build(randomise)
     pixels = torch.randn(2, 3, 16, 16)
@@ -229,6 +242,7 @@ BAD = [
     ({"architecture": {**TINY, "stride": 0}}, "must be positive"),
     ({"image_size": 18}, "do not fill image_size 18; 16 and 20 would do"),
     ({"image_size": 3}, "do not fill image_size 3; 4 and 8"),
+    ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), not 1.0"),
     ({"layer": -4}, "layer -4 of the architecture does not exist; it has 3"),
 ]
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from vlm.encoders import build_vision_encoder, load_vision_encoder
+from vlm.encoders.drop_path import drop_path, drop_rates
 from vlm.encoders.position_resize import class_token_places, resize_positions
 from vlm.encoders.ssd_mixer import Mamba2Mixer
 from vlm.encoders.vim import ARCHITECTURES
-from vlm.encoders.vim_blocks import Block, drop_path, drop_rates, patch_grid, remove_tokens
+from vlm.encoders.vim_blocks import Block, patch_grid, remove_tokens
 from vlm.encoders.vim_mixer import MambaMixer, look_ahead, look_back
 from vlm.errors import UserError
 
