@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from data_recipes.feature_store import FeatureStore
 from data_recipes.index import RecordIndex
 from data_recipes.mixture import Mixture, Source
+from data_recipes.pictures import Shown, stored_features
 from data_recipes.records import Record, to_messages
 from vlm.errors import UserError
 from vlm.images import image_size, load_image
@@ -45,6 +47,9 @@ class ConversationDataset(Dataset):
         seed: decides the order, with the epoch.
         on_error: what a record that cannot be used leads to.
         max_length: rows longer than this are faults; nothing is ever truncated.
+
+    Attributes:
+        features: where a frozen encoder's features are read instead of the pictures; None: nowhere.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class ConversationDataset(Dataset):
         self.processor = processor
         self.on_error = on_error
         self.max_length = max_length
+        self.features: FeatureStore | None = None
 
     def __len__(self) -> int:
         """Number of records in one epoch."""
@@ -103,10 +109,7 @@ class ConversationDataset(Dataset):
         record, index = self.record(number, row), self.indexes[number]
         root = image_root(self.mixture.sources[number])
         try:
-            images = [load_image(root / path) for path in record.images]
-            encoded = self.processor.encode(
-                record.messages, images, supervise=True, max_length=self.max_length
-            )
+            encoded = self._encode(record.messages, [root / path for path in record.images])
         except UserError as error:
             name = f" (id {record.id!r})" if record.id else ""
             raise UserError(f"{index.where(row)}{name}: {error}") from error
@@ -117,6 +120,33 @@ class ConversationDataset(Dataset):
             )
         record_id = record.id or f"{self.mixture.sources[number].name}[{row}]"
         return {**encoded, "record_id": record_id}
+
+    def _encode(self, messages: list[dict[str, Any]], paths: list[Path]) -> dict[str, Any]:
+        """Return a conversation with its pictures, or their features, as model inputs."""
+        options = {"supervise": True, "max_length": self.max_length}
+        if self.features is None or not paths:
+            images = [load_image(path) for path in paths]
+            return self.processor.encode(messages, images, **options)
+        sizes, maps = stored_features(paths, self.processor.image_processor, self.features)
+        encoded = self.processor.encode(messages, sizes=sizes, **options)
+        return {**encoded, "vision_features": maps}
+
+    def pictures(self, spans: Sequence[tuple[int, int]]) -> dict[Shown, int]:
+        """Return how often each picture is shown at positions of [start, stop) spans.
+
+        Records that cannot be used show none; the fault is told when they are asked for.
+        """
+        shown: dict[Shown, int] = {}
+        for (number, row), times in self.mixture.times_seen(spans).items():
+            try:
+                paths = self.record(number, row).images
+            except UserError:
+                continue
+            root = image_root(self.mixture.sources[number])
+            for path in paths:
+                key = Shown(str(root / path), len(paths))
+                shown[key] = shown.get(key, 0) + times
+        return shown
 
 
 def image_root(source: Source) -> Path:
@@ -134,10 +164,13 @@ class Collator:
     Args:
         processor: a `VlmProcessor`.
         packed: the records become one row without padding, each a document of its own.
+        features: the dataset's; `vision_features` then stands in place of pixel_values, also where
+            no row has a picture.
     """
 
     processor: Any
     packed: bool = False
+    features: FeatureStore | None = None
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
         """Collate; a batch whose records are all skipped is one row without supervised tokens."""
@@ -147,6 +180,10 @@ class Collator:
         rows = rows or [self._nothing()]
         pack = self.processor.pack
         batch = pack(rows) if self.packed else self.processor.collate(rows, padding_side="right")
+        if self.features is not None:
+            maps = [row["vision_features"] for row in rows if "vision_features" in row]
+            none = self.features.layout.empty()  # so that no batch sends a blank view to the tower
+            batch["vision_features"] = [torch.cat(of) for of in zip(none, *maps, strict=True)]
         skipped = [item for item in items if isinstance(item, Skipped)]
         return {**batch, "record_ids": ids, "skipped": skipped}
 

@@ -113,15 +113,28 @@ class Mixture:
 
     def seen(self, start: int, stop: int) -> dict[str, int]:
         """Return how many records of each source stand at positions [start, stop)."""
-        counts = np.zeros(len(self.sources), dtype=np.int64)
-        while start < stop:
-            epoch, offset = divmod(start, len(self))
-            end = min(len(self), offset + stop - start)
-            codes = self._epoch_order(epoch)[offset:end] >> 40
-            counts += np.bincount(codes, minlength=len(self.sources))
-            start += end - offset
+        counts = np.bincount(self._codes(start, stop) >> 40, minlength=len(self.sources))
         names = [source.name for source in self.sources]
         return dict(zip(names, counts.tolist(), strict=True))
+
+    def times_seen(self, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        """Return how often each (source number, row) stands at positions of [start, stop) spans.
+
+        They come in the order of source and row.
+        """
+        codes = np.concatenate([np.zeros(0, np.int64), *(self._codes(*span) for span in spans)])
+        found, counts = np.unique(codes, return_counts=True)
+        places = zip((found >> 40).tolist(), (found & ((1 << 40) - 1)).tolist(), strict=True)
+        return dict(zip(places, counts.tolist(), strict=True))
+
+    def _codes(self, start: int, stop: int) -> np.ndarray:
+        """Return the codes (see `_epoch_order`) at positions [start, stop)."""
+        parts = [np.zeros(0, np.int64)]
+        while start < stop:
+            epoch, offset = divmod(start, len(self))
+            parts.append(self._epoch_order(epoch)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """Return one epoch as codes: source number in the high bits, row in the low 40."""

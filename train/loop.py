@@ -1,7 +1,7 @@
 """How does a stage get to its end? The Trainer with its callbacks, the stop, the final model."""
 
 import json
-import math
+from collections import Counter
 from pathlib import Path
 
 from transformers import PrinterCallback, TrainingArguments
@@ -17,6 +17,7 @@ from train.parts import StageParts
 from train.plot import draw_loss
 from train.process import is_main_process, say
 from train.recipe import StageRecipe
+from train.steps import step_sizes
 from train.trainer import VlmTrainer
 
 LOG_NAME = "training_log.jsonl"
@@ -91,17 +92,10 @@ def train_to_end(
 
 def records_seen(trainer: VlmTrainer, step: int) -> dict[str, int]:
     """Return how many records of each source the steps so far asked for, skipped ones included."""
-    mixture, args = trainer.dataset.mixture, trainer.args
-    size, batch = len(mixture), args.train_batch_size * args.world_size
-    batches = size // batch if args.dataloader_drop_last else math.ceil(size / batch)
-    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    left, seen, epoch = step, {source.name: 0 for source in mixture.sources}, 0
-    while left > 0:
-        records = min(size, batches * batch, left * batch * args.gradient_accumulation_steps)
-        for name, count in mixture.seen(epoch * size, epoch * size + records).items():
-            seen[name] += count
-        left, epoch = left - steps, epoch + 1
-    return seen
+    mixture, seen = trainer.dataset.mixture, Counter()
+    for span in step_sizes(trainer.args, len(mixture)).spans(step):
+        seen.update(mixture.seen(*span))
+    return {source.name: seen[source.name] for source in mixture.sources}
 
 
 def _is_last(checkpoint: Path) -> bool:

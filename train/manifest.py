@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,14 @@ class StageManifest(TrainerCallback):
     """Keeps `manifest.json` true while a stage runs: at its start, each checkpoint and its end."""
 
     def __init__(
-        self, folder: Path, recipe: Recipe, stage: StageRecipe, device: torch.device
+        self,
+        folder: Path,
+        recipe: Recipe,
+        stage: StageRecipe,
+        device: torch.device,
+        features: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the manifest of a stage that starts or goes on."""
+        """Write the manifest of a stage that starts or goes on; `features`: what was decided."""
         self.folder = folder
         self.start = time.perf_counter()
         before = read_manifest(folder)
@@ -43,6 +48,7 @@ class StageManifest(TrainerCallback):
             "step": before.get("step", 0),
             "recipe_sha256": hash_tree(recipe.to_dict()),
             "trainable": stage.trainable,
+            "feature_cache": features,
             "data": hash_sources(stage.data.sources) if is_main_process() else {},
             **environment(device),
         }

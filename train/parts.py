@@ -1,12 +1,13 @@
 """What does a stage's objective need? A model, a processor, batches, a Trainer to run them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_recipes.dataset import Collator, ConversationDataset
+from data_recipes.feature_store import FeatureStore
 from train.build import build_model
 from train.data import stage_dataset
 from train.objectives import QFormerStage1
@@ -50,6 +51,14 @@ def stage_parts(
     model, processor = build_model(recipe, stage, previous, checkpoint)
     dataset = stage_dataset(stage, processor, recipe.seed)
     return StageParts(model, dataset, Collator(processor, stage.packed), VlmTrainer)
+
+
+def with_features(parts: StageParts, stage: StageRecipe, store: FeatureStore | None) -> StageParts:
+    """Return the parts with a frozen encoder's features, if there are any, in place of pictures."""
+    if store is None:
+        return parts
+    parts.dataset.features = store
+    return replace(parts, collate=Collator(parts.dataset.processor, stage.packed, store))
 
 
 def _first_stage(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from data_recipes.mixture import Source, load_mix, parse_sources
+from train.features.plan import FeatureCache
 from train.freeze import PARTS
 from train.objectives import Objective, check_objectives, parse_objective, resolve_objective
 from vlm.errors import UserError
@@ -101,6 +102,7 @@ class Recipe:
         name: what logs and plots call the run.
         output_dir: each stage writes the folder `output_dir/<stage name>`.
         seed: decides initial weights, the data's order and dropout.
+        feature_cache: where features of frozen encoders are kept; see `FeatureCache`.
         num_threads: CPU threads of torch; its own choice if None.
         float32_matmul_precision: "high" allows TF32 on recent GPUs.
     """
@@ -110,6 +112,7 @@ class Recipe:
     model: ModelRecipe
     stages: list[StageRecipe]
     seed: int = 0
+    feature_cache: FeatureCache = field(default_factory=FeatureCache)
     num_threads: int | None = None
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
@@ -148,6 +151,11 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
         values["model"] = _parse_model(values["model"], f"{where}: model")
     if "stages" in values:
         values["stages"] = _parse_stages(values["stages"], where)
+    if "feature_cache" in values:
+        given = _mapping(values["feature_cache"], f"{where}: feature_cache")
+        values["feature_cache"] = config_from_mapping(
+            FeatureCache, given, f"{where}: feature_cache"
+        )
     recipe = config_from_mapping(Recipe, values, where)
     check_objectives(recipe.model, recipe.stages, where)
     if recipe.num_threads is not None and recipe.num_threads < 1:

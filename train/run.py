@@ -10,11 +10,12 @@ from pathlib import Path
 from train.arguments import check_arguments, training_arguments
 from train.checkpoints import newest
 from train.data import check_data
+from train.features.cache import features_before, prepare_features
 from train.folders import check_space, claim, is_done, prepare_output
 from train.freeze import describe, freeze
 from train.loop import make_trainer, train_to_end
 from train.manifest import StageManifest
-from train.parts import stage_parts
+from train.parts import stage_parts, with_features
 from train.process import free_memory, say, seed_everything, set_up_torch
 from train.recipe import Recipe, StageRecipe
 from vlm.errors import UserError
@@ -72,6 +73,9 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
 
     say(f"stage {stage.name}: {len(parts.dataset)} records an epoch, result in {folder}")
     say("\n".join(describe(parts.model, stage.trainable)))
-    manifest = StageManifest(folder, recipe, stage, arguments.device)
+    before = features_before(folder, checkpoint)
+    found = prepare_features(recipe, stage, parts, arguments, before)
+    manifest = StageManifest(folder, recipe, stage, arguments.device, found.note)
+    parts = with_features(parts, stage, found.store)
     trainer = make_trainer(stage, folder, parts, groups, arguments, manifest)
     train_to_end(trainer, checkpoint, folder, manifest)

@@ -122,15 +122,21 @@ class VlmImageProcessor(BaseImageProcessor):
         counts = [len(images)] if num_images is None else [n for n in num_images if n]
         assert sum(counts) == len(images), (counts, len(images))
         siblings = [count for count in counts for _ in range(count)]
-        views, grids = [], []
+        views = []
         for image, count in zip(images, siblings, strict=True):
             views.extend(self.views(image, count))
-            grids.append(self.plan(image.size, count).grid)
-        sizes = [(image.height, image.width) for image in images]
+        sizes = [image.size for image in images]
         return BatchFeature(
-            {
-                "pixel_values": self.normalize(views),
-                "tile_grids": torch.tensor(grids),
-                "image_sizes": torch.tensor(sizes),
-            }
+            {"pixel_values": self.normalize(views), **self.grids_and_sizes(sizes, siblings)}
         )
+
+    def grids_and_sizes(self, sizes: Sequence[Size], siblings: Sequence[int]) -> dict[str, Tensor]:
+        """Return tile_grids (n, 2) rows, cols and image_sizes (n, 2) height, width.
+
+        Args:
+            sizes: (width, height) of each image.
+            siblings: images of the conversation that each stands in, itself among them.
+        """
+        grids = [self.plan(size, count).grid for size, count in zip(sizes, siblings, strict=True)]
+        turned = [(height, width) for width, height in sizes]
+        return {"tile_grids": torch.tensor(grids), "image_sizes": torch.tensor(turned)}

@@ -123,6 +123,7 @@ class VlmProcessor(ProcessorMixin):
         messages: Sequence[Message],
         images: Sequence[Image.Image] = (),
         *,
+        sizes: Sequence[Size] | None = None,
         supervise: bool = False,
         add_generation_prompt: bool = False,
         max_length: int | None = None,
@@ -132,6 +133,8 @@ class VlmProcessor(ProcessorMixin):
         Args:
             messages: see `vlm.conversations`.
             images: decoded images, in the order of the messages' image entries.
+            sizes: (width, height) of each, instead of images whose features are known already; no
+                pixel_values come out.
             supervise: add labels: assistant content and end-of-turn, IGNORE elsewhere.
             add_generation_prompt: end with the opening of an assistant turn.
             max_length: most tokens allowed; nothing is ever truncated.
@@ -144,10 +147,10 @@ class VlmProcessor(ProcessorMixin):
         Raises:
             UserError: the conversation cannot be encoded; the message says why, with numbers.
         """
-        checked = check_messages(messages, len(images), self.image_token)
-        ids, labels = self._layout(
-            checked, [im.size for im in images], supervise, add_generation_prompt, max_length
-        )
+        if sizes is None:
+            sizes = [image.size for image in images]
+        checked = check_messages(messages, len(sizes), self.image_token)
+        ids, labels = self._layout(checked, sizes, supervise, add_generation_prompt, max_length)
         encoded = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.ones(len(ids), dtype=torch.long),
@@ -156,6 +159,9 @@ class VlmProcessor(ProcessorMixin):
             encoded["labels"] = torch.from_numpy(labels)
         if len(images):
             encoded.update(self.image_processor(images))
+        elif len(sizes):
+            encoded.update(self.image_processor.grids_and_sizes(sizes, [len(sizes)] * len(sizes)))
+        if len(sizes):
             encoded.update(self._instructions(instructions(checked)))
         return encoded
 

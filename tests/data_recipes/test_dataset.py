@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from data_recipes.dataset import IGNORED, Collator, ConversationDataset, Skipped
+from data_recipes.feature_store import FeatureStore, Layout
+from data_recipes.feature_writer import FeatureWriter
 from data_recipes.mixture import Source
+from data_recipes.pictures import PictureViews, Shown
 from vlm.errors import UserError
 
 
@@ -109,6 +112,34 @@ def test_programming_errors_are_not_skipped(make_dataset, monkeypatch):
     monkeypatch.setattr(dataset.processor, "encode", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dataset[0]
+
+
+def test_features_stand_in_place_of_pictures_also_where_there_are_none(make_dataset, tmp_path):
+    dataset = make_dataset([row(0), row(1, image=None), row(2)])
+    pixels = Collator(dataset.processor)([dataset[position] for position in range(3)])
+    layout = Layout(((4, 4, 24), (2, 2, 7)), (torch.float32, torch.bfloat16))
+    folder, image_processor = tmp_path / "store", dataset.processor.image_processor
+    folder.mkdir()
+    shown, nothing = [Shown(str(tmp_path / "0.png"), 1)], FeatureStore(folder, layout)
+    view = PictureViews(shown, image_processor, nothing)[0]
+    maps = [torch.ones(1, *each.shape[1:], dtype=each.dtype) for each in layout.empty()]
+    with FeatureWriter(folder, layout, 10**9) as writer:
+        writer.add(view.picture, view.grid, maps)
+    dataset.features = FeatureStore(folder, layout)
+    collate = Collator(dataset.processor, features=dataset.features)
+    items = {item["record_id"]: item for item in (dataset[position] for position in range(3))}
+    batch = collate([dataset[position] for position in range(3)])
+    assert [tuple(each.shape) for each in batch["vision_features"]] == [(2, 4, 4, 24), (2, 2, 2, 7)]
+    assert all(each.all() for each in batch["vision_features"])
+    same = [
+        key for key in pixels if isinstance(pixels[key], torch.Tensor) and key != "pixel_values"
+    ]
+    assert "pixel_values" not in batch
+    assert all(torch.equal(batch[key], pixels[key]) for key in same)
+    assert len(same) == 5
+    batch = collate([items["r1"]])
+    assert [tuple(each.shape) for each in batch["vision_features"]] == [(0, 4, 4, 24), (0, 2, 2, 7)]
+    assert batch["vision_features"][1].dtype == torch.bfloat16
 
 
 def test_works_in_worker_processes(make_dataset):

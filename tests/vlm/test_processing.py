@@ -236,6 +236,18 @@ def test_too_long_is_an_error_with_numbers_never_a_cut(processors) -> None:
         processors["chatml"].encode(messages, [_image()], max_length=length - 1)
 
 
+@pytest.mark.parametrize("tiling", [{"type": "resize"}, {"type": "anyres"}, {"type": "dynamic"}])
+def test_sizes_give_all_but_the_pixels(tiling, make_model, make_image) -> None:
+    _, processor = make_model(tiling=tiling)
+    messages = turns([IMAGE, IMAGE, text("What?")], "A cat.")
+    images = [make_image(90, 30), make_image(30, 70)]
+    expected = processor.encode(messages, images, supervise=True)
+    found = processor.encode(messages, sizes=[image.size for image in images], supervise=True)
+    del expected["pixel_values"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_collate_pads_and_joins(side, processors) -> None:
     processor = processors["chatml"]

@@ -1,0 +1,197 @@
+"""How are an encoder's feature maps kept on disk, for any number of writers and readers at once?
+
+A folder holds the features of one encoder and one way of cutting pictures. Every writer has files
+of its own and nothing is ever changed, so there are no locks:
+
+    <writer>.features   feature maps, each from a multiple of 64 bytes on
+    <writer>.entries    32 bytes each: a picture and its grid -> where its maps begin
+    <writer>.files      48 bytes each: a file's state -> the picture in it, its width and height
+
+A record is written when what it speaks of is on the disk. So what a killed writer left half done is
+a record with too few bytes or maps that no record names, and both are passed over. A picture is
+known by the hash of its file's bytes; a file whose state (path, size, times, inode) is known is not
+read again to find it.
+
+Shapes: T views, H W feature grid, D encoder width.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm.images import image_size
+from vlm.tiling import Size
+
+KEY_BYTES = 16
+MARK = 0x766C6D31  # what a crash leaves may be zeros; a record has this
+ENTRY = np.dtype([("key", "V16"), ("offset", "<u8"), ("views", "<u4"), ("mark", "<u4")])
+FILE = np.dtype(
+    [("key", "V16"), ("picture", "V16"), ("width", "<u4"), ("height", "<u4"), ("mark", "<u8")]
+)
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as its file holds it: the hash of the bytes, and (width, height) upright."""
+
+    content: bytes
+    size: Size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an encoder's maps of one view are: (H, W, D) of each, and its type."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    def places(self, views: int) -> Iterator[tuple[int, int]]:
+        """Yield where each map of so many views begins and ends in an entry, in bytes."""
+        start = 0
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            end = start + views * int(np.prod(shape)) * dtype.itemsize
+            yield start, end
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+
+    def entry_bytes(self, views: int) -> int:
+        """Return how many bytes the maps of so many views take."""
+        *_, (_, end) = self.places(views)
+        return -(-end // ALIGNMENT) * ALIGNMENT
+
+    def read(self, raw: Tensor, views: int) -> list[Tensor]:
+        """Return the maps (T, H, W, D) of an entry's bytes, without a copy."""
+        return [
+            raw[start:end].view(dtype).view(views, *shape)
+            for (start, end), shape, dtype in zip(
+                self.places(views), self.shapes, self.dtypes, strict=True
+            )
+        ]
+
+    def empty(self) -> list[Tensor]:
+        """Return the maps (0, H, W, D) of no view."""
+        return [
+            torch.empty(0, *shape, dtype=dtype)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+
+def content_of(data: bytes) -> bytes:
+    """Return what a picture with these bytes is known by."""
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
+
+
+def state_of(path: Path) -> bytes:
+    """Return a key that changes when a file is written, replaced or moved; its bytes are not read.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = path.stat()
+    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return content_of(f"{os.path.abspath(path)}\0{state}".encode())
+
+
+def entry_key(picture: Picture, grid: Size) -> bytes:
+    """Return the key of a picture cut into (rows, cols)."""
+    return content_of(picture.content + f"{grid}".encode())
+
+
+class FeatureStore:
+    """Reads what was in the folder when this was made; another process that gets it reopens it."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder = folder
+        self.layout = layout
+        self._shards: list[Tensor] = []
+        entries, shards = [np.zeros(0, ENTRY)], [np.zeros(0, np.int64)]
+        files = [np.zeros(0, FILE)]
+        for path in sorted(folder.glob("*.entries")):
+            entries.append(self._open(path))
+            shards.append(np.full(len(entries[-1]), len(self._shards) - 1))
+        files += [_records(path, FILE) for path in sorted(folder.glob("*.files"))]
+        self._entries = _Table(np.concatenate(entries))
+        self._shard_of = np.concatenate(shards)[self._entries.order]
+        self._files = _Table(np.concatenate(files))
+
+    def __len__(self) -> int:
+        """Number of entries; a picture that was stored twice counts twice."""
+        return len(self._entries.rows)
+
+    def __reduce__(self) -> tuple:
+        """Reopen in another process: a memory map cannot be pickled."""
+        return FeatureStore, (self.folder, self.layout)
+
+    def _open(self, path: Path) -> np.ndarray:
+        """Map a writer's features and return its records, without those that reach beyond them."""
+        records, features = _records(path, ENTRY), path.with_suffix(".features")
+        size = features.stat().st_size if features.exists() else 0
+        views, numbers = np.unique(records["views"], return_inverse=True)
+        lengths = [self.layout.entry_bytes(count) for count in views.tolist()]
+        whole = records["offset"] + np.array(lengths, np.uint64)[numbers] <= size
+        if whole.any():
+            # Private, because torch warns of memory that cannot be written.
+            mapped = torch.from_file(str(features), shared=False, size=size, dtype=torch.uint8)
+            self._shards.append(mapped)
+        return records[whole]
+
+    def known(self, path: Path) -> Picture | None:
+        """Return the picture of a file whose state is known, without reading the file.
+
+        Raises:
+            OSError: there is no such file.
+        """
+        place = self._files.find(state_of(path))
+        if place is None:
+            return None
+        row = self._files.rows[place]
+        return Picture(row["picture"].tobytes(), (int(row["width"]), int(row["height"])))
+
+    def identify(self, path: Path) -> Picture:
+        """Return the picture of a file; its bytes are read where its state is not known.
+
+        Raises:
+            OSError: there is no such file.
+            UserError: it is no picture.
+        """
+        return self.known(path) or Picture(content_of(path.read_bytes()), image_size(path))
+
+    def has(self, picture: Picture, grid: Size) -> bool:
+        """Return whether the features of a picture cut into (rows, cols) are here."""
+        return self._entries.find(entry_key(picture, grid)) is not None
+
+    def features(self, picture: Picture, grid: Size) -> list[Tensor] | None:
+        """Return the maps (T, H, W, D) of a picture cut into (rows, cols), views of the file."""
+        place = self._entries.find(entry_key(picture, grid))
+        if place is None:
+            return None
+        row, raw = self._entries.rows[place], self._shards[self._shard_of[place]]
+        return self.layout.read(raw[int(row["offset"]) :], int(row["views"]))
+
+
+class _Table:
+    """Records in the order of their keys."""
+
+    def __init__(self, records: np.ndarray) -> None:
+        self.order = np.argsort(records["key"], kind="stable")
+        self.rows = records[self.order]
+        self._keys = np.ascontiguousarray(self.rows["key"])
+
+    def find(self, key: bytes) -> int | None:
+        """Return the place of the first record with this key."""
+        place = int(np.searchsorted(self._keys, np.frombuffer(key, self._keys.dtype))[0])
+        found = place < len(self._keys) and self._keys[place].tobytes() == key
+        return place if found else None
+
+
+def _records(path: Path, kind: np.dtype) -> np.ndarray:
+    """Return the records of a file; of one that was cut short, the whole ones."""
+    data = path.read_bytes()
+    found = np.frombuffer(data[: len(data) // kind.itemsize * kind.itemsize], kind)
+    return found[found["mark"] == MARK]

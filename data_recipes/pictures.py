@@ -1,0 +1,104 @@
+"""What does an encoder need of pictures: their views, or the features that it stored before?
+
+Shapes: T views, S view size, H W feature grid, D encoder width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data_recipes.feature_store import FeatureStore, Picture, content_of, state_of
+from vlm.errors import UserError
+from vlm.image_processing import VlmImageProcessor
+from vlm.images import image_size, load_image
+from vlm.tiling import Size
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture in a conversation of `siblings` pictures, itself among them."""
+
+    path: str
+    siblings: int
+
+
+@dataclass(frozen=True)
+class Views:
+    """A picture to encode; `pixel_values` (T, 3, S, S) is None where its features are stored."""
+
+    picture: Picture
+    state: bytes
+    grid: Size
+    pixel_values: Tensor | None
+
+
+class PictureViews(Dataset):
+    """Map-style: pictures as the encoder sees them; None for a file that is no whole picture.
+
+    Whoever trains on that file is told what is wrong with it.
+    """
+
+    def __init__(
+        self, shown: Sequence[Shown], image_processor: VlmImageProcessor, store: FeatureStore
+    ) -> None:
+        self.shown = shown
+        self.image_processor = image_processor
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    def __getitem__(self, number: int) -> Views | None:
+        path, siblings = Path(self.shown[number].path), self.shown[number].siblings
+        try:
+            state, data = state_of(path), path.read_bytes()
+            picture = Picture(content_of(data), image_size(path))
+            grid = self.image_processor.plan(picture.size, siblings).grid
+            if self.store.has(picture, grid):
+                return Views(picture, state, grid, None)
+            views = self.image_processor.views(load_image(data, name=str(path)), siblings)
+        except (OSError, UserError):
+            return None
+        return Views(picture, state, grid, self.image_processor.normalize(views))
+
+
+def is_stored(shown: Shown, image_processor: VlmImageProcessor, store: FeatureStore) -> bool:
+    """Return whether a file's state is known and the features of its picture are stored."""
+    try:
+        picture = store.known(Path(shown.path))
+    except OSError:
+        return False
+    return picture is not None and store.has(
+        picture, image_processor.plan(picture.size, shown.siblings).grid
+    )
+
+
+def stored_features(
+    paths: Sequence[Path], image_processor: VlmImageProcessor, store: FeatureStore
+) -> tuple[list[Size], list[Tensor]]:
+    """Return (width, height) of one conversation's pictures, and their maps (T, H, W, D) joined.
+
+    Raises:
+        UserError: a picture is not stored: it cannot be read, or was changed meanwhile.
+    """
+    sizes, maps = [], []
+    for path in paths:
+        try:
+            picture = store.identify(path)
+        except OSError:
+            load_image(path)  # says what is wrong
+            raise
+        found = store.features(picture, image_processor.plan(picture.size, len(paths)).grid)
+        if found is None:
+            load_image(path)
+            raise UserError(
+                f"image {path} was changed after its features had been stored; "
+                "the same command stores them and goes on"
+            )
+        sizes.append(picture.size)
+        maps.append(found)
+    return sizes, [torch.cat(views) for views in zip(*maps, strict=True)]

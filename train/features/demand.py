@@ -1,0 +1,110 @@
+"""What does a stage ask of its encoder, and which other stages of the run will ask the same?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from data_recipes.dataset import ConversationDataset
+from data_recipes.feature_store import FeatureStore
+from data_recipes.pictures import Shown, is_stored
+from train.arguments import training_arguments
+from train.data import stage_dataset
+from train.features.plan import Demand
+from train.features.work import mean_work
+from train.objectives import NextToken
+from train.recipe import Recipe, StageRecipe
+from train.steps import loaded_ahead, step_sizes, total_steps
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How a stage will look at pictures.
+
+    Attributes:
+        dataset: its records.
+        arguments: of its Trainer.
+        length_window: the recipe's.
+    """
+
+    dataset: ConversationDataset
+    arguments: TrainingArguments
+    length_window: int
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the positions [start, stop) of the mixture that the stage will ask for."""
+        sizes = step_sizes(self.arguments, len(self.dataset))
+        steps, ahead = total_steps(self.arguments, sizes), loaded_ahead(self.arguments)
+        return sizes.spans(steps, self.length_window, ahead)
+
+    def pictures(self) -> dict[Shown, int]:
+        """Return how often it looks at each picture."""
+        return self.dataset.pictures(self.spans())
+
+    def missing(self, store: FeatureStore, shown: Sequence[Shown], rank: int) -> list[Shown]:
+        """Return those of a rank's share of pictures that are not stored, or in unknown files."""
+        processor, world = self.dataset.processor.image_processor, self.arguments.world_size
+        share = shown[rank % world :: world]
+        return [each for each in share if not is_stored(each, processor, store)]
+
+    def sum(self, number: int) -> int:
+        """Return the sum of a number over all ranks."""
+        if self.arguments.world_size == 1:
+            return number
+        total = torch.tensor(float(number), dtype=torch.float64, device=self.arguments.device)
+        torch.distributed.all_reduce(total)
+        return int(total.item())
+
+
+def later_looks(recipe: Recipe, stage: StageRecipe, now: Looks) -> list[Looks]:
+    """Return those of later stages of a run that look through the same encoder in the same way."""
+    found = []
+    for later in recipe.stages[recipe.stages.index(stage) + 1 :]:
+        if "vision_tower" in later.trainable:
+            break  # from there on it is another encoder
+        if not isinstance(later.aim, NextToken) or {"deepspeed", "fsdp"} & set(later.training):
+            continue
+        arguments = training_arguments(recipe, later, Path(recipe.output_dir) / later.name)
+        if (arguments.bf16, arguments.fp16) == (now.arguments.bf16, now.arguments.fp16):
+            dataset = stage_dataset(later, now.dataset.processor, recipe.seed)
+            found.append(Looks(dataset, arguments, later.length_window))
+    return found
+
+
+def demand_of(
+    model: Any,
+    looks: Looks,
+    times: Mapping[Shown, int],
+    missing: int,
+    later: Sequence[Looks],
+    view_flops: float,
+    view_bytes: int,
+) -> Demand:
+    """Return what a stage asks for, in numbers.
+
+    Args:
+        model: the stage's.
+        looks: the stage's.
+        times: how often it looks at each picture.
+        missing: how many of them are not stored.
+        later: those of later stages.
+        view_flops: of encoding a view.
+        view_bytes: of a view's features.
+    """
+    spans = looks.spans()
+    recomputed = bool(looks.arguments.activation_checkpointing)
+    work = mean_work(model, looks.dataset, next(iter(spans), (0, 0)), recomputed)
+    readings = sum(times.values())
+    again = [counts for each in later for counts in each.pictures().items()]
+    return Demand(
+        readings=readings,
+        pictures=len(times),
+        missing=missing,
+        later=sum(count for shown, count in again if shown in times),
+        encoder_flops=readings * work.views_per_picture * view_flops,
+        other_flops=sum(stop - start for start, stop in spans) * work.other_flops,
+        picture_bytes=work.views_per_picture * view_bytes,
+    )

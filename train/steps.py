@@ -1,0 +1,82 @@
+"""Which positions of the mixture does a stage see by its step n?"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """How many records the Trainer takes at once.
+
+    Attributes:
+        epoch: records of an epoch.
+        micro_batch: rows of one micro-step, over all ranks.
+        accumulation: micro-steps of an optimizer step.
+        drop_last: whether an epoch's last micro-batch is left out where it is not full.
+    """
+
+    epoch: int
+    micro_batch: int
+    accumulation: int
+    drop_last: bool
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of an epoch."""
+        if self.drop_last:
+            return self.epoch // self.micro_batch
+        return math.ceil(self.epoch / self.micro_batch)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return max(1, math.ceil(self.batches / self.accumulation))
+
+    def spans(self, steps: int, window: int = 0, ahead: int = 0) -> list[tuple[int, int]]:
+        """Return the positions [start, stop) of the mixture that so many steps see, by epoch.
+
+        Args:
+            steps: optimizer steps from the stage's start.
+            window: steps within which records are sorted by length (see `train.order`): any of the
+                last window may be among those seen, so all of it counts; 0: none are sorted.
+            ahead: micro-batches that the loader asks for before they are needed, within an epoch.
+        """
+        found, start = [], 0
+        in_epoch = self.epoch if window else min(self.epoch, self.batches * self.micro_batch)
+        whole = max(1, window * self.accumulation)  # micro-batches
+        while steps > 0:
+            batches = math.ceil((steps * self.accumulation + ahead) / whole) * whole
+            found.append((start, start + min(in_epoch, batches * self.micro_batch)))
+            steps, start = steps - self.steps, start + self.epoch
+        return found
+
+
+def step_sizes(arguments: "TrainingArguments", records: int) -> StepSizes:
+    """Return how a stage with so many records an epoch is cut into steps."""
+    return StepSizes(
+        epoch=records,
+        micro_batch=arguments.train_batch_size * arguments.world_size,
+        accumulation=arguments.gradient_accumulation_steps,
+        drop_last=arguments.dataloader_drop_last,
+    )
+
+
+def total_steps(arguments: "TrainingArguments", sizes: StepSizes) -> int:
+    """Return the optimizer steps of a stage, as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * sizes.steps)
+
+
+def loaded_ahead(arguments: "TrainingArguments") -> int:
+    """Return how many micro-batches the loader asks for beyond the one in use.
+
+    accelerate holds one back to know the last one; torch's workers prepare some each (2 by its own
+    default).
+    """
+    each = arguments.dataloader_prefetch_factor or 2
+    return 1 + arguments.dataloader_num_workers * each
