@@ -8,6 +8,7 @@ from connectors.base import Connector, ConnectorConfig
 from connectors.cabstractor import CAbstractorConnector
 from connectors.chain import ChainConfig, ConnectorChain, Part
 from connectors.channel_concat import ChannelConcatConnector
+from connectors.cogvlm_glu import CogVLMGLUConnector
 from connectors.config import check_value, config_from_mapping
 from connectors.deepstack import DeepStackConnector
 from connectors.errors import UserError
@@ -54,6 +55,7 @@ ConnectorChoice = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 CONNECTORS: dict[str, type[Connector]] = {
     "cabstractor": CAbstractorConnector,
     "channel_concat": ChannelConcatConnector,
+    "cogvlm_glu": CogVLMGLUConnector,
     "deepstack": DeepStackConnector,
     "fuyu": FuyuConnector,
     "gated_cross_attention": GatedCrossAttentionConnector,

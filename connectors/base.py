@@ -168,6 +168,11 @@ class Connector(nn.Module, Generic[C]):
         """Return the places of the tokens that `linear_apply` serves, (K,) in the batch (B * L)."""
         return context.rows
 
+    @property
+    def shares_positions(self) -> bool:
+        """Return whether the inner tokens of an image share one position (`saved_positions`)."""
+        return False
+
     # Whether `linear_apply` is added to what the linear layer makes of these tokens, or stands for
     # it, so that the linear layer sees the others only.
     replaces_linear: ClassVar[bool] = False

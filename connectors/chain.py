@@ -172,6 +172,11 @@ class ConnectorChain(Connector[ChainConfig]):
         return bool(self._layers or self._linears)
 
     @property
+    def shares_positions(self) -> bool:
+        """Return whether any part wants the inner tokens of an image to share one position."""
+        return any(part.shares_positions for part in self.parts)
+
+    @property
     def layer_places(self) -> set[tuple[int, Where]]:
         """Return the places at decoder layers where a part acts."""
         return set(self._layers)

@@ -152,6 +152,25 @@ class FusionContext:
         goes_on[:, :-1] = images[:, 1:] == images[:, :-1]
         return (goes_on & (images >= 0)).flatten().nonzero()[:, 0]
 
+    @cached_property
+    def saved_positions(self) -> Tensor:
+        """Return how many positions were saved up to each token, (B, L), its document's alone.
+
+        Where the inner tokens of an image share one position, as CogVLM's patches do:
+
+            text  boi  patch  patch  patch  eoi  text
+               0    1      2      2      2    3     4    positions
+               0    0      0      1      2    2     2    saved
+        """
+        images, documents = self.images, self.documents
+        joins = (images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0)  # belongs to its left one
+        border = torch.zeros_like(images[:, :1], dtype=torch.bool)
+        left, right = torch.cat([border, joins], dim=1), torch.cat([joins, border], dim=1)
+        inner = left & right
+        saved = (inner & torch.cat([border, inner[:, :-1]], dim=1)).long().cumsum(-1)
+        starts = torch.cat([~border, documents[:, 1:] != documents[:, :-1]], dim=1)
+        return saved - torch.where(starts, saved, 0).cummax(-1).values
+
     def attend(self, media: Media, scope: Scope) -> Tensor:
         """Return which media each position may look at, (B, L, M) bool.
 

@@ -4,8 +4,10 @@ Shape: K image tokens of the batch.
 
 At every linear layer of the decoder layers, image tokens go through one of their own, which begins
 as a copy; text never meets it, so that the language model stays as it was without an image. The
-blocks, and what surprises in them, are in connectors/visual_expert_blocks.py. Positions are not
-shared between the patches of an image here.
+blocks, and what surprises in them, are in connectors/visual_expert_blocks.py.
+
+CogVLM is `[{type: cogvlm_glu}, {type: visual_expert, shared_positions: true}]`, one view an image:
+all tokens of an image but the first and the last, `boi` and `eoi`, share one position.
 
 Follows `modeling_cogvlm.py` of THUDM/cogvlm2-llama3-chat-19B; section 2.1 of arXiv:2311.03079.
 """
@@ -28,6 +30,7 @@ class VisualExpertConfig(LinearsConfig):
 
     qkv_bias: bool = False  # CogVLM2: experts of queries, keys and values add a bias
     last_token: bool = False  # whether the last token of an image goes through the expert too
+    shared_positions: bool = False  # whether an image's tokens between first and last share one
 
 
 class VisualExpertConnector(LinearsConnector[VisualExpertConfig]):
@@ -58,6 +61,11 @@ class VisualExpertConnector(LinearsConnector[VisualExpertConfig]):
                 )
             assert isinstance(expert, nn.Linear), expert
             copy_linear(expert, base)
+
+    @property
+    def shares_positions(self) -> bool:
+        """Return whether the inner tokens of an image share one position."""
+        return self.config.shared_positions
 
     def linear_rows(self, context: FusionContext) -> Tensor:
         """Return the image tokens (K,), without the last of each image unless it is asked for."""

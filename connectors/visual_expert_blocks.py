@@ -1,7 +1,5 @@
 """What stands for a language model's linear layers at image tokens? CogVLM's visual expert.
 
-Shapes: B batch, L positions.
-
 Each linear layer of a decoder layer has a second one for image tokens; attention itself, and the
 norms, are one for all tokens. The second weights begin as copies of the first.
 
@@ -10,7 +8,7 @@ Surprises:
   (`FusionContext.inner_rows`).
 - CogVLM2's experts add a bias to queries, keys and values where the language model has none; such
   a bias begins as zeros.
-- The patches of an image share one position (`shared_positions`).
+- The patches of an image share one position (`FusionContext.saved_positions`).
 
 Follows `modeling_cogvlm.py` of THUDM/cogvlm2-llama3-chat-19B; section 2.1 of arXiv:2311.03079.
 """
@@ -19,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from connectors.beside_linears import published_modules
 from connectors.fusion import Role
@@ -46,31 +44,6 @@ def copy_linear(
         expert.weight.copy_(base.weight)
         if expert.bias is not None:
             expert.bias.zero_() if base.bias is None else expert.bias.copy_(base.bias)
-
-
-def shared_positions(images: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Return position ids (B, L) in which the inner tokens of an image share one.
-
-    The first and the last token of an image keep their own, as `boi` and `eoi` do:
-
-        text  boi  patch  patch  patch  eoi  text
-           0    1      2      2      2    3     4
-
-    Args:
-        images: (B, L) number of the image that each position belongs to; -1: text.
-        documents: (B, L) number of the position's document in its row, where several are packed:
-            each begins at 0.
-    """
-    joins = (images[:, 1:] == images[:, :-1]) & (images[:, 1:] >= 0)  # belongs to its left one
-    border = torch.zeros_like(joins[:, :1])
-    left, right = torch.cat([border, joins], dim=1), torch.cat([joins, border], dim=1)
-    inner = left & right
-    stays = inner & torch.cat([border, inner[:, :-1]], dim=1)
-    ids = (~stays).long().cumsum(-1) - 1
-    if documents is None:
-        return ids
-    starts = torch.cat([~border, documents[:, 1:] != documents[:, :-1]], dim=1)
-    return ids - torch.where(starts, ids, 0).cummax(-1).values
 
 
 # CogVLM's names of the second linear layers of a decoder layer, and what each computes.

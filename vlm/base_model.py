@@ -35,10 +35,11 @@ from vlm.lm_head import document_starts
 from vlm.mamba_scan import use_scan
 from vlm.packed_attention import packed_mask, use_packed_attention
 from vlm.row_ends import RowEnds, new_row_ends, row_end_tokens
+from vlm.shared_positions import explicit_mask, shared_positions
 from vlm.state_cache import state_traits
 from vlm.tiling import AnyresTiling, build_tiling
 from vlm.token_layout import images_per_row, lay_out, num_image_tokens
-from vlm.view_facts import describe_views, of_a_blank
+from vlm.view_facts import as_text, describe_views, of_a_blank
 
 
 class VlmPreTrainedModel(PreTrainedModel):
@@ -170,7 +171,7 @@ class VlmModel(VlmPreTrainedModel):
             qformer_input_ids: (n, L) each image's instruction, where the connector reads it.
             qformer_attention_mask: (n, L) 0 on padding of these.
         """
-        text = _text(qformer_input_ids, qformer_attention_mask)
+        text = as_text(qformer_input_ids, qformer_attention_mask)
         tokens = self._plug(pixel_values, self._views(tile_grids, image_sizes, text)).tokens
         return self._lay_out(tokens, tile_grids, image_sizes, self._row_ends())
 
@@ -264,7 +265,7 @@ class VlmModel(VlmPreTrainedModel):
             is_image = input_ids == self.config.image_token_id  # (B, L)
             counts = self.count_image_tokens(tile_grids, image_sizes)
             per_row = images_per_row(is_image.sum(-1).tolist(), counts, record_ids)
-            text = _text(qformer_input_ids, qformer_attention_mask)
+            text = as_text(qformer_input_ids, qformer_attention_mask)
             facts = self._views(tile_grids, image_sizes, text)
             tokens, sides = self._plug(pixel_values, facts, vision_features)
             laid_out = self._lay_out(tokens, tile_grids, image_sizes, self._row_ends())
@@ -277,7 +278,7 @@ class VlmModel(VlmPreTrainedModel):
         elif self.training and (_trains_vision(self) or is_deepspeed_zero3_enabled()):
             inputs_embeds = inputs_embeds + self._blank_view_term(vision_features).to(inputs_embeds)
 
-        chain, carried, context = self.connector.itself(), None, None
+        chain, carried, context, shared = self.connector.itself(), None, None, None
         if isinstance(chain, ConnectorChain) and chain.acts_inside:
             self._hooks.attach(self.language_model, chain)
             run_all = self.training or is_deepspeed_zero3_enabled()
@@ -286,8 +287,12 @@ class VlmModel(VlmPreTrainedModel):
                 chain, is_image, images, attention_mask, position_ids, carried, run_all
             )
             kwargs[ARGUMENT] = FusionCall(chain, context)
+            if chain.shares_positions:
+                shared = shared_positions(
+                    self.language_model, context, position_ids, past_key_values, carried
+                )
         outputs = self._run_language_model(
-            inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs
+            inputs_embeds, attention_mask, position_ids, past_key_values, shared, **kwargs
         )
         if context is not None and outputs.past_key_values is not None:
             fusion_cache.write(outputs.past_key_values, carry(context, images, carried))
@@ -300,9 +305,13 @@ class VlmModel(VlmPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
+        shared: Tensor | None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the language model on embeddings (B, L, E), packed documents apart."""
+        """Run the language model on embeddings (B, L, E), packed documents apart.
+
+        `shared` (B, L) are its positions, where they are not `position_ids`.
+        """
         inputs: dict[str, Any] = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -312,12 +321,22 @@ class VlmModel(VlmPreTrainedModel):
         }
         if self.state_traits is not None:
             return recurrent_lm.run(self.language_model, self.state_traits, **inputs)
-        if past_key_values is None and document_starts(position_ids, attention_mask) is not None:
+        packed = past_key_values is None and (
+            document_starts(position_ids, attention_mask) is not None
+        )
+        if packed:
             # Where our mask is None transformers builds the block-diagonal one (or the sequence
             # lengths of flash attention) from position_ids, but only without a cache.
             assert position_ids is not None
             mask = packed_mask(self.language_model, position_ids, attention_mask)
             inputs |= {"attention_mask": mask, "use_cache": False}
+        if shared is not None:
+            inputs["position_ids"] = shared
+            if inputs["attention_mask"] is None:
+                apart = position_ids if packed else None
+                inputs["attention_mask"] = explicit_mask(
+                    self.language_model, inputs_embeds, apart, past_key_values
+                )
         return self.language_model(**inputs)
 
     def with_default_grids(
@@ -353,13 +372,6 @@ class VlmModel(VlmPreTrainedModel):
         tokens, sides = self._plug(blank, known, vision_features)
         term = tokens.sum() + sum(x.sum() for side in sides.values() for x in side)
         return (term + sum(end.sum() for end in self._row_ends() if end is not None)) * 0.0
-
-
-def _text(ids: Tensor | None, mask: Tensor | None) -> TextInput | None:
-    """Return ids (n, L) and what is no padding among them; None: there are none."""
-    if ids is None:
-        return None
-    return TextInput(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
 
 
 def _trains(module: nn.Module) -> bool:

@@ -92,7 +92,9 @@ def carry(
     count = 0 if earlier is None else earlier.count
     media = {n: side for n, side in context.sides.items() if isinstance(side, Media)}
     count += 0 if images is None else len(images.tokens)
-    return FusionLayer(context.latest[:, -1], count, media)
+    saved = context.saved_positions[:, -1]
+    saved = saved if earlier is None else saved + earlier.saved.to(saved.device)
+    return FusionLayer(context.latest[:, -1], count, media, saved)
 
 
 def _documents(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -23,6 +24,7 @@ class FusionLayer:
         latest: (B,) number of the image that began last in each row; -1: none.
         count: how many images were numbered so far.
         media: what the rows may attend to, by the number of the connector's part.
+        saved: (B,) how many positions each row's images have saved (vlm/shared_positions.py).
     """
 
     is_compileable = False
@@ -32,10 +34,11 @@ class FusionLayer:
     supports_early_init = False
     keys = values = None
 
-    def __init__(self, latest: Tensor, count: int, media: dict[int, Media]) -> None:
+    def __init__(self, latest: Tensor, count: int, media: dict[int, Media], saved: Tensor) -> None:
         self.latest = latest
         self.count = count
         self.media = media
+        self.saved = saved
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let each row go on as row `beam_idx` (B)."""
@@ -50,7 +53,7 @@ class FusionLayer:
         self._map(lambda x: x[indices.to(x.device)])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.latest = function(self.latest)
+        self.latest, self.saved = function(self.latest), function(self.saved)
         self.media = {
             number: replace(
                 media,
@@ -67,7 +70,8 @@ class FusionLayer:
 
     def reset(self) -> None:
         """Forget all media."""
-        self.latest, self.count, self.media = self.latest.new_full(self.latest.shape, -1), 0, {}
+        self.latest, self.saved = torch.full_like(self.latest, -1), torch.zeros_like(self.saved)
+        self.count, self.media = 0, {}
 
     def offload(self) -> None:
         """Stay: media are small beside the keys."""

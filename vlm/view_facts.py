@@ -55,6 +55,13 @@ def describe_views(
     return Views(shown, text)
 
 
+def as_text(ids: Tensor | None, mask: Tensor | None) -> TextInput | None:
+    """Return ids (n, L) and what is no padding among them; None: there are none."""
+    if ids is None:
+        return None
+    return TextInput(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool())
+
+
 def of_a_blank(reads: Collection[Reading], device: torch.device) -> Views:
     """Return what is said of the one view that stands for images in a batch without any."""
     if "text" not in reads:

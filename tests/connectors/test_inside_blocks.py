@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from connectors.cross_attention import attend_media
 from connectors.errors import UserError
+from connectors.fusion import FusionContext
 from connectors.gated_cross_attention_blocks import GatedCrossAttentionBlock
 from connectors.high_resolution_blocks import HighResolutionBlock, LearnedPositions
 from connectors.key_table import GroupedHeads, Repeated
@@ -18,7 +19,7 @@ from connectors.token_routed_linear import (
     other_rows,
     partial_lora_keys,
 )
-from connectors.visual_expert_blocks import copy_linear, shared_positions, visual_expert_keys
+from connectors.visual_expert_blocks import copy_linear, visual_expert_keys
 
 NONE = torch.empty(0, dtype=torch.long)
 
@@ -133,10 +134,12 @@ def test_an_expert_begins_as_the_language_models_own_layer():
 
 def test_positions_are_shared_image_by_image_and_begin_anew_in_each_document():
     images = torch.tensor([[-1, 0, 0, 0, 0, 1, 1, 1, -1, 2, 2, 2, 2, 2]])
-    assert shared_positions(images).tolist() == [[0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 10]]
+    nothing = torch.zeros_like(images)
+    one = FusionContext(images, nothing, nothing, nothing, {}, False)
+    assert one.saved_positions.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 3, 3]]
     documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]])
-    ids = shared_positions(images, documents)
-    assert ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 3, 0, 1, 1, 1, 2]]
+    several = FusionContext(images, nothing, documents, nothing, {}, False)
+    assert several.saved_positions.tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 2, 2]]
 
 
 @pytest.mark.parametrize("make", BLOCKS)

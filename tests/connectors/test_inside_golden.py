@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from connectors.beside_linears import key_of
 from connectors.checkpoint_keys import read_published, translate_back
+from connectors.fusion import FusionContext
 from connectors.gated_cross_attention_blocks import (
     GatedCrossAttentionBlock,
     gated_cross_attention_keys,
@@ -24,7 +25,7 @@ from connectors.high_resolution_blocks import (
 )
 from connectors.key_table import GroupedHeads
 from connectors.token_routed_linear import LowRank, TokenRoutedLinear, partial_lora_keys
-from connectors.visual_expert_blocks import shared_positions, visual_expert_keys
+from connectors.visual_expert_blocks import visual_expert_keys
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 VALUES, GRADIENTS = {"rtol": 0, "atol": 2e-5}, {"rtol": 0, "atol": 1e-4}
@@ -269,4 +270,7 @@ def test_cogvlm_in_a_layer_of_llama():
 def test_cogvlm_positions():
     tensors = golden("cogvlm_expert_layer")
     images = tensors["token_type_ids"] - 1
-    assert torch.equal(shared_positions(images), tensors["build_position_ids"])
+    nothing = torch.zeros_like(images)
+    context = FusionContext(images, nothing, nothing, nothing, {}, False)
+    found = torch.arange(images.shape[1]) - context.saved_positions
+    assert torch.equal(found, tensors["build_position_ids"])

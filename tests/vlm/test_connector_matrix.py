@@ -53,6 +53,10 @@ CHAINS = {
     "flamingo": [PERCEIVER, GATED],
     "flamingo_previous": [PERCEIVER, {**GATED, "scope": "previous", "every": 2}],
     "visual_expert": [{"type": "mlp"}, {"type": "visual_expert"}],
+    "cogvlm": [
+        {"type": "cogvlm_glu", "inner_dim": 12},
+        {"type": "visual_expert", "shared_positions": True},
+    ],
     "cogagent": [{"type": "mlp"}, HIGH_RESOLUTION],
     "sva_in_llm": SVA,
     "cambrian": {**SVA, "query_strides": [1, 2]},
