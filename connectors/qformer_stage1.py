@@ -145,7 +145,7 @@ class QFormerStage1(Float32Module):
             negatives: for each pair another's picture, and another's text; by default drawn.
         """
         real = gather(pairs.real)
-        kept = real | ~real.any()  # where nobody has a pair, what stands for one is compared
+        kept = (real | ~real.any()).nonzero()[:, 0]  # has nobody a pair, what stands for one is
 
         def of_all(x: Tensor) -> Tensor:
             return gather(x)[kept]
@@ -159,10 +159,10 @@ class QFormerStage1(Float32Module):
                 draw_negatives(scores.text_to_image, positives, pairs.draws[:, 0]),
                 draw_negatives(scores.image_to_text, positives, pairs.draws[:, 1]),
             )
-        other_image, other_text = negatives
+        other_image, other_text = (kept[other] for other in negatives)
         logits = self.match(
-            torch.cat([features, of_all(features)[other_image], features]),
-            TextInput(*(torch.cat([part, part, of_all(part)[other_text]]) for part in text)),
+            torch.cat([features, gather(features)[other_image], features]),
+            TextInput(*(torch.cat([part, part, gather(part)[other_text]]) for part in text)),
         )
         fits = [positives.gather(1, other[:, None])[:, 0] for other in negatives]
         targets = torch.cat([torch.ones_like(fits[0]), *fits])

@@ -34,6 +34,11 @@ class Caption:
     image: str
     text: str
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The one path, as `Record` has its."""
+        return (self.image,)
+
 
 def to_caption(raw: Any, where: object) -> Caption:
     """Validate one raw record and take picture and caption out of it.

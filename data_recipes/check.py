@@ -2,6 +2,7 @@
 
     vlm data check data/llava_v1_5_mix665k.json --image-root data
     vlm data check data_recipes/mixes/llava_665k.yaml --decode
+    vlm data check data/captions.json --captions
 
 Exit code 0: every record can be used. 2: some cannot; each kind is shown with examples.
 """
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="FILE_OR_MIX", help="JSON, JSONL, or a mix's YAML")
     parser.add_argument("--image-root", default="", help="folder of image paths, for a file")
     parser.add_argument("--decode", action="store_true", help="also decode every image (slow)")
+    parser.add_argument(
+        "--captions", action="store_true", help="each record must be one picture and its caption"
+    )
     parser.add_argument("--examples", type=int, default=3, help="sentences shown of each kind")
 
 
@@ -55,30 +59,34 @@ def run(args: argparse.Namespace) -> int:
         sources = [Source(name=path.name, path=str(path), image_root=args.image_root)]
     bad = 0
     for source in sources:
-        faults = check_source(source, args.decode, args.examples)
+        faults = check_source(source, args.decode, args.examples, args.captions)
         bad += faults.kinds.total()
         print(describe(source.name, faults))
     return 2 if bad else 0
 
 
-def check_source(source: "Source", decode: bool = False, examples: int = 3) -> Faults:
-    """Read every record of a source; look for its images, or decode them.
+def check_source(
+    source: "Source", decode: bool = False, examples: int = 3, captions: bool = False
+) -> Faults:
+    """Read every record of a source, as captions if asked; look for its images, or decode them.
 
     Raises:
         UserError: the file itself cannot be read.
     """
     from tqdm import tqdm
 
+    from data_recipes.captions import to_caption
     from data_recipes.dataset import image_root
     from data_recipes.index import RecordIndex
     from data_recipes.records import to_messages
     from vlm.images import load_image
 
+    read = to_caption if captions else to_messages
     index, root, faults = RecordIndex(source.path), image_root(source), Faults()
     faults.num_records = len(index)
     for row in tqdm(range(len(index)), desc=source.name, unit="record", leave=False):
         try:
-            record = to_messages(index[row], index.place(row))
+            record = read(index[row], index.place(row))
             faults.num_images += len(record.images)
         except UserError as error:
             faults.add(str(error), examples)

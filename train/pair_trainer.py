@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from connectors.qformer_losses import Stage1Output
 from connectors.qformer_stage1 import alone
 from train.gather import exchange_sizes, gather_rows
+from train.manifest import hash_sources
 from train.retrieval import Totals, measure, model_inputs
 from train.trainer import VlmTrainer
 
@@ -102,4 +103,5 @@ class PairTrainer(VlmTrainer):
             return {}
         size = self.args.train_batch_size * self.args.world_size
         collate: Any = self.data_collator
-        return {"held_out": measure(self.model, self.held_out, collate, size)}
+        figures = measure(self.model, self.held_out, collate, size)
+        return {"held_out": {**figures, "data": hash_sources(self.held_out.mixture.sources)}}

@@ -73,11 +73,12 @@ def _first_stage(
     from train.pair_trainer import PairTrainer
     from train.qformer_stage1 import build_first_stage, caption_dataset
 
-    dataset = caption_dataset(recipe, stage, stage.data.sources)
+    dataset = caption_dataset(recipe, stage, stage.data.sources, stage.data.on_error)
     model, dataset.processor = build_first_stage(recipe, aim, dataset, checkpoint or previous)
     held_out = None
     if aim.held_out:
-        held_out = caption_dataset(recipe, stage, aim.held_out)
+        # At a stage's end a bad record must not cost the stage; how many there are is told.
+        held_out = caption_dataset(recipe, stage, aim.held_out, "skip")
         held_out.processor = dataset.processor
     trainer = partial(PairTrainer, held_out=held_out)
     return StageParts(model, dataset, CaptionCollator(dataset.processor), trainer)

@@ -20,6 +20,7 @@ from connectors.chain import ConnectorChain
 from connectors.qformer import QFormerConnector
 from connectors.qformer_keys import start_from_bert
 from data_recipes.captions import CaptionDataset
+from data_recipes.dataset import OnError
 from data_recipes.mixture import Source
 from train.objectives import QFormerStage1, qformer_of
 from train.process import say
@@ -36,7 +37,7 @@ MOST_CAPTIONS = 200_000  # that are read for their words
 
 
 def caption_dataset(
-    recipe: Recipe, stage: StageRecipe, sources: Sequence[Source]
+    recipe: Recipe, stage: StageRecipe, sources: Sequence[Source], on_error: OnError
 ) -> CaptionDataset:
     """Return the pairs of some sources; whoever builds the processor puts it there."""
     longest = _split_features(qformer_of(recipe.model.connector))[0]["max_num_positions"]
@@ -44,7 +45,7 @@ def caption_dataset(
         sources,
         None,
         seed=recipe.seed,
-        on_error=stage.data.on_error,
+        on_error=on_error,
         max_length=min(longest, stage.max_length or longest),
     )
 

@@ -74,13 +74,14 @@ def measure(
     """
     was_training, device = model.training, model.device
     model.eval()
-    totals = Totals()
+    totals, skipped = Totals(), 0
     for start in range(0, len(dataset), num_pairs):
         batch = collate([dataset[i] for i in range(start, min(start + num_pairs, len(dataset)))])
+        skipped += len(batch["skipped"])
         moved = {name: x.to(device) for name, x in batch.items() if isinstance(x, Tensor)}
         totals.add(model(**model_inputs(moved)), moved["real"])
     model.train(was_training)
-    figures = figures_of(totals.sums(device), num_pairs)
+    figures = {**figures_of(totals.sums(device), num_pairs), "left_out": skipped}
     say(describe(figures))
     return figures
 
@@ -109,16 +110,17 @@ def figures_of(sums: Tensor, num_pairs: int) -> dict[str, Any]:
 
 def describe(figures: Mapping[str, Any]) -> str:
     """Return the figures of `measure` as one line for people."""
+    left_out = f", {figures['left_out']} left out" if figures["left_out"] else ""
     if not figures["n"]:
-        return "held out: no pair could be used"
+        return f"held out: no pair could be used{left_out}"
 
     def share(name: str) -> str:
         value, low, high = (100 * figures[name][key] for key in ("value", "low", "high"))
         return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
     return (
-        f"held out ({figures['n']} pairs, {figures['compared_at_once']} compared at once): nearest "
-        f"caption right {share('recall_image_to_text')}, nearest picture right "
+        f"held out ({figures['n']} pairs, {figures['compared_at_once']} compared at once{left_out})"
+        f": nearest caption right {share('recall_image_to_text')}, nearest picture right "
         f"{share('recall_text_to_image')}, chance {100 * figures['recall_chance']:.1f} %; "
         f"pairs accepted {share('pairs_accepted')}, hard negatives refused "
         f"{share('negatives_refused')}, chance 50 %"

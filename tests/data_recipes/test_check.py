@@ -41,6 +41,25 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, make_image):
     assert "zero.png" in capsys.readouterr().out
 
 
+def test_captions(tmp_path, capsys, make_image):
+    make_image().save(tmp_path / "a.png")
+    path = tmp_path / "data.json"
+    asked = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A cat."}]
+    records = [
+        {"image": "a.png", "caption": "A cat."},
+        {"image": "a.png", "conversations": asked},
+        {"image": "a.png", "conversations": [*asked, *asked[:1], asked[1]]},
+        {"image": "gone.png", "caption": "A cat."},
+    ]
+    path.write_text(json.dumps(records[:2]))
+    assert main(["data", "check", str(path), "--captions"]) == 0
+    assert main(["data", "check", str(path)]) == 2
+    path.write_text(json.dumps(records))
+    capsys.readouterr()
+    assert main(["data", "check", str(path), "--captions"]) == 2
+    assert "4 records, 3 images, 2 record(s) with faults" in capsys.readouterr().out
+
+
 def test_mix(tmp_path, capsys):
     write(tmp_path / "a.jsonl", [row(0)])
     mix = tmp_path / "mix.yaml"

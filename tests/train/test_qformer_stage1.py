@@ -22,8 +22,11 @@ def weights(folder):
 
 def test_first_stage_then_the_second(two_stages, write_recipe, tmp_path, capsys, encoder_folder):
     two_stages["stages"][0]["objective"]["held_out"] = [
-        {"name": "last", "path": str(tmp_path / "captions.json"), "cap": 9, "take": "end"}
+        {"name": "last", "path": str(tmp_path / "held_out.json"), "cap": 10, "take": "end"}
     ]
+    rows = json.loads((tmp_path / "captions.json").read_text())
+    rows[-1]["conversations"] *= 2  # two answers
+    (tmp_path / "held_out.json").write_text(json.dumps(rows))
     two_stages["stages"][1]["training"]["max_steps"] = 1
     two_stages["stages"][1]["trainable"] = {"connector": 1e-12}
     recipe = str(write_recipe(two_stages))
@@ -54,8 +57,10 @@ def test_first_stage_then_the_second(two_stages, write_recipe, tmp_path, capsys,
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["records"] == {"main": {"seen": 24, "skipped": 0}}
     held_out = manifest["held_out"]
-    assert held_out["n"] == 9 and held_out["recall_chance"] == pytest.approx((8 * 0.25 + 1) / 9)
-    assert "held out (9 pairs, 4 compared at once)" in told
+    assert (held_out["n"], held_out["left_out"]) == (9, 1)
+    assert 0.25 < held_out["recall_chance"] < 0.45
+    assert "held out (9 pairs, 4 compared at once, 1 left out)" in told
+    assert len(held_out["data"]["last"]["sha256"]) == 64
 
     # it is a checkpoint with its own words, and no chat model
     processor = ImageTextProcessor.from_pretrained(folder)

@@ -50,12 +50,12 @@ def test_shares_have_intervals_and_negatives_are_counted_one_by_one():
     assert found["recall_image_to_text"]["low"] == pytest.approx(0.1582, abs=1e-4)
     assert found["pairs_accepted"]["value"] == pytest.approx(5 / 7)
     assert found["negatives_refused"]["value"] == pytest.approx(2 / 14)
-    told = describe(found)
-    assert "held out (7 pairs, 4 compared at once)" in told
+    told = describe({**found, "left_out": 2})
+    assert "held out (7 pairs, 4 compared at once, 2 left out)" in told
     assert "nearest caption right 42.9 % [15.8, 75.0]" in told
 
 
 def test_nothing_to_measure():
     assert figures_of(Totals().sums(torch.device("cpu")), 4) == {"n": 0, "compared_at_once": 4}
-    assert "no pair" in describe({"n": 0})
+    assert "no pair" in describe({"n": 0, "left_out": 3})
     assert Totals.averages(Totals().sums(torch.device("cpu")))["loss/caption"] == 0
