@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=15, metavar="N", help="how often each variant is timed (15)"
     )
     parser.add_argument(
+        "--feature-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep features of frozen encoders in DIR/features where that pays (on)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, say what would run, and stop"
     )
 
@@ -67,9 +73,12 @@ def run(args: argparse.Namespace) -> int:
     from eval.ablation.flow import Request, ablate
     from vlm.errors import UserError
 
-    for name, value in (("seeds", args.seeds), ("limit", args.limit), ("rounds", args.rounds)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be at least 1")
+    least = {"seeds": 1, "limit": 1, "max_new_tokens": 1, "rounds": 2}
+    for name, number in least.items():
+        value = vars(args)[name]
+        if value is not None and value < number:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is {value}; it must be at least {number}")
     score = ["--tasks", args.task, "--data", *map(str, args.data)]
     score += ["--no-blind", "--max-new-tokens", str(args.max_new_tokens)]
     score += [] if args.limit is None else ["--limit", str(args.limit)]
@@ -83,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         score=tuple(score),
         rounds=args.rounds,
+        share_features=args.feature_cache,
         out=args.out,
     )
     return ablate(request, dry_run=args.dry_run)

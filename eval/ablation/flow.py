@@ -12,7 +12,7 @@ from eval.ablation.fit import Fit
 from eval.ablation.gather import machine, make_report, measured_costs
 from eval.ablation.plot import draw
 from eval.ablation.rows import Row, rows_of
-from eval.ablation.runs import Run, Scoring, claim, read_json, runs_of
+from eval.ablation.runs import Run, Scoring, claim, read_json, runs_of, share_features
 from eval.ablation.table_text import csv_text, failures, markdown
 from eval.ablation.words import conclusion, notes
 from eval.report import with_interval
@@ -38,6 +38,7 @@ class Request:
     limit: int | None
     score: tuple[str, ...]
     rounds: int
+    share_features: bool
     out: Path
 
 
@@ -52,6 +53,8 @@ def ablate(request: Request, dry_run: bool) -> int:
     base = check_recipe(request.recipe, request.overrides)
     seeds = range(request.seeds) if request.seeds else [base["seed"]]
     runs = runs_of(base, rows, seeds, request.out)
+    if request.share_features:
+        runs = share_features(runs, request.out)
     fits = check_rows(base, runs[: len(rows)])  # those of the first seed
     for run in runs:
         claim(run)

@@ -69,6 +69,7 @@ def make_report(
         ],
         "rows": found,
         "same_data": same_data(done),
+        "features_read": features_read(done),
     }
 
 
@@ -121,6 +122,12 @@ def same_data(done: Sequence[Run]) -> bool:
     """Return whether all runs read the same files, byte for byte, as their manifests say."""
     read = [[stage.get("data") for stage in run.manifests()] for run in done]
     return all(each == read[0] for each in read)
+
+
+def features_read(done: Sequence[Run]) -> tuple[int, int]:
+    """Return in how many stages, of how many, the encoder's features came from disk."""
+    notes = [stage.get("feature_cache") or {} for run in done for stage in run.manifests()]
+    return sum(bool(note.get("used")) for note in notes), len(notes)
 
 
 def measured_costs(

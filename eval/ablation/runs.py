@@ -10,8 +10,9 @@ OUT/runs/<row>/seed<n>/
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,23 @@ def runs_of(
     return runs
 
 
+def share_features(runs: Sequence[Run], out: Path) -> list[Run]:
+    """Return the runs with one cache for the features of frozen encoders, `out/features`.
+
+    A recipe that names a folder itself is left as it is. `vlm train` decides whether the cache
+    pays, from how many runs will read it.
+    """
+    encoders = Counter(repr(run.recipe["model"]["vision_encoder"]) for run in runs)
+    shared = []
+    for run in runs:
+        own = run.recipe["feature_cache"]
+        if own["folder"] is None:
+            readers = encoders[repr(run.recipe["model"]["vision_encoder"])]
+            own = {**own, "folder": str(out / "features"), "runs": readers}
+        shared.append(replace(run, recipe={**run.recipe, "feature_cache": own}))
+    return shared
+
+
 def _sources(model: Any) -> Iterator[str]:
     """Yield the files and folders that a model's weights come from."""
     if isinstance(model, Mapping):
@@ -154,7 +172,7 @@ def claim(run: Run) -> None:
         UserError: the sentence names one setting that differs.
     """
     note = run.note()
-    if not note:
+    if "settings" not in note:
         if run.folder.exists() and any(run.folder.iterdir()):
             raise UserError(f"{run.folder} was not written by an ablation; choose another --out")
         return

@@ -89,11 +89,17 @@ def _difference(row: Json, column: str) -> str:
 
 
 def _costs(row: Json) -> list[str]:
-    found = row["costs"]
-    return [
-        form.format(found[key] / unit) if found.get(key) is not None else "-"
-        for key, unit, form in COSTS.values()
-    ]
+    found, texts = row["costs"], []
+    for key, unit, form in COSTS.values():
+        if key not in found:
+            texts.append("-")
+            continue
+        text = form.format(found[key] / unit)
+        if f"{key}_low" in found:
+            low, high = (form.format(found[f"{key}_{end}"] / unit) for end in ("low", "high"))
+            text += f" ({low} to {high})"
+        texts.append(text)
+    return texts
 
 
 def _trainings(report: Json, column: str) -> list[str]:

@@ -86,11 +86,13 @@ def _cheapest(report: Json, column: str, names: Sequence[str]) -> list[str]:
     best = min(able, key=lambda name: total_flops(rows[name]["costs"]))
     mine, theirs = (total_flops(rows[name]["costs"]) / 1e6 for name in (best, first))
     if mine >= theirs:
-        return [f"No row without a significant loss is cheaper than {first} ({theirs:.1f} MFLOP)."]
+        return [f"No row that is not worse is cheaper than {first} ({theirs:.1f} MFLOP a picture)."]
     tokens = [rows[name]["costs"]["visual_tokens"] for name in (best, first)]
+    points = percent_points(rows[best]["scores"][column]["difference"])
     return [
-        f"The cheapest row without a significant loss is {best}: {tokens[0]:.4g} visual tokens and "
-        f"{mine:.1f} MFLOP per picture, against {tokens[1]:.4g} and {theirs:.1f} of {first}."
+        f"The cheapest row that is not shown to be worse is {best} ({points}): {mine:.1f} MFLOP a "
+        f"picture and {tokens[0]:.4g} tokens in the sequence, against {theirs:.1f} and "
+        f"{tokens[1]:.4g} of {first}."
     ]
 
 
@@ -139,7 +141,11 @@ def _start(report: Json) -> str:
         if report["same_data"]
         else "did NOT all read the same files (see their manifest.json)"
     )
-    return f"All trainings {same}. Rows of one seed take the records in one order."
+    used, stages = report["features_read"]
+    return (
+        f"All trainings {same}. Rows of one seed take the records in one order. The encoder's "
+        f"features came from disk in {used} of {stages} stages."
+    )
 
 
 def _costs(report: Json) -> str:
@@ -155,7 +161,8 @@ def _costs(report: Json) -> str:
         "FlopCounterMode counts matrix products, convolutions and attention; connector is what "
         "comes before the language model, language model what the picture adds to its pass over "
         "one question (connectors inside it included). Milliseconds: that question alone, median "
-        f"of {measured['rounds']}, {turns}. Prefill memory: weights and all tensors held at once. "
-        "Training memory: the whole process; its time is whatever else the machine did at the "
-        "time, and holds the writing of a feature cache."
+        f"and quartiles of {measured['rounds']}, {turns}. Prefill memory: weights and all tensors "
+        "held at once. Training memory: the whole process, on a GPU what is allocated there. "
+        "Training time depends on what else the machine did, and the first row of an encoder may "
+        "have stored its features for the others."
     )

@@ -24,7 +24,8 @@ from vlm.yaml_values import read_file, to_text
 COSTS = {
     "visual_tokens": 16.0, "parameters_connector": 1000, "parameters": 5000, "look_ms": 1.0,
     "flops_connector": 10, "flops_language_model": 20, "prefill_ms": 2.0, "prefill_peak_mb": 3.0,
-    "flops_encoder": 30, "prefill_ms_low": 1.9, "prefill_ms_high": 2.2, "in_turns": True,
+    "flops_encoder": 30, "look_ms_low": 0.9, "look_ms_high": 1.1, "prefill_ms_low": 1.9,
+    "prefill_ms_high": 2.2, "in_turns": True,
 }  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def base(encoder_folder, language_model_folder):
         "stages": [{"name": "align", "length_window": 0}, {"name": "instruct", "length_window": 1}],
         "seed": 5,
         "num_threads": 1,
+        "feature_cache": {"folder": None, "mode": "auto", "max_gb": 50.0, "runs": 1},
     }
 
 
@@ -183,6 +185,27 @@ def test_other_questions_are_asked_without_training_again(fake, ablate):
     ablate("--vary", "connector=mlp,pooling")
     ablate("--vary", "connector=mlp,pooling", "--max-new-tokens", "9")
     assert fake.ran[4:] == ["eval mlp", "eval pooling"]
+
+
+def test_runs_with_one_encoder_share_its_features(tmp_path, fake, ablate, base):
+    source = base["model"]["vision_encoder"]["source"]
+    encoders = f"encoder={{source: {source}}},{{type: patches, patch_size: 8, image_size: 32}}"
+    ablate("--vary", "connector=mlp,linear,kan", "--vary", encoders, "--seeds", "2")
+    files = list(tmp_path.glob("out/runs/*/seed*/recipe.yaml"))
+    caches = [read_file(path)["feature_cache"] for path in files]
+    assert len(caches) == 12 and {cache["runs"] for cache in caches} == {6}
+    assert {cache["folder"] for cache in caches} == {str(tmp_path / "out/features")}
+
+
+def test_a_cache_named_by_the_recipe_and_none_are_left_alone(tmp_path, fake, ablate, base):
+    ablate("--vary", "connector=mlp,linear", "--no-feature-cache")
+    recipe = tmp_path / "out/runs/linear/seed5/recipe.yaml"
+    assert read_file(recipe)["feature_cache"] == base["feature_cache"]
+    base["feature_cache"]["folder"] = "elsewhere"
+    ablate("--vary", "connector=linear,kan")  # and is no other setting: linear is kept
+    recipe = tmp_path / "out/runs/kan/seed5/recipe.yaml"
+    assert read_file(recipe)["feature_cache"] == base["feature_cache"]
+    assert fake.ran.count("train linear") == 1
 
 
 def test_dry_run_tells_and_runs_nothing(tmp_path, fake, ablate, capsys):
