@@ -89,6 +89,7 @@ def plan(out: Path, seed: int, rehearse: bool) -> list[Step]:
     stages = {
         "output_dir": out / "vlm",
         "seed": seed,
+        "feature_cache.folder": out / "features",
         "model.vision_encoder.source": encoder,
         "model.language_model": language_model,
         "stages.align.data.sources.captions.path": train / "captions.jsonl",

@@ -1,11 +1,12 @@
 """What does the base language model read? Questions and captions about scenes told in words.
 
-Every document is one turn in the `chatml` template, of one of three kinds:
+Every document is one turn in the `chatml` template, of one of four kinds:
 
 - a reply whose observations are given: the model learns what follows from them (the comparison, the
   name or number, the letter);
 - comparisons of two distances, many in a row: in a question about distances one word depends on the
-  comparison, too little to be learnt from every time.
+  comparison, too little to be learnt from every time;
+- differences of two positions, many in a row, as a question about distances writes six of;
 - a scene and a whole reply. The scene is told cell by cell, each cell's words ("yellow", "ball",
   "x3", "y5", "z4") laid over each other at one position, as a bag of words: the model learns to
   look things up among the cells. Empty cells say where they are and nothing else.
@@ -23,17 +24,30 @@ import numpy as np
 from data_recipes.scenes import questions as ask
 from data_recipes.scenes.layout import Difficulty, SceneBatch
 from data_recipes.scenes.sets import assign_boxes, training_examples
-from data_recipes.scenes.vocabulary import BOX_NAMES, NUM_CELLS, NUM_DISTANCE_BINS, SHAPES
+from data_recipes.scenes.vocabulary import (
+    BOX_NAMES,
+    NUM_CELLS,
+    NUM_DEPTH_BINS,
+    NUM_DISTANCE_BINS,
+    SHAPES,
+)
 
 # Closer calls than the benchmark's, so that the comparison itself is learnt.
 DIFFICULTY = Difficulty(solid_share=1.0, depth_ratio=1.15, distance_ratio=1.2)
 COMPARE, COMPARE_PROMPT = "Compare", "Which distance is smaller?"
-KINDS = (*ask.TASKS, COMPARE, *(f"{task} told" for task in (*ask.TASKS, "Caption", "Referring")))
+DIFFER, DIFFER_PROMPT = "Differ", "How far apart are these along each axis?"
+KINDS = (
+    *ask.TASKS,
+    COMPARE,
+    DIFFER,
+    *(f"{task} told" for task in (*ask.TASKS, "Caption", "Referring")),
+)
 FLAT_EVERY = 5  # one scene in so many is flat, for its shapes' names
 # Distances are rare among a scene's questions and take the most learning (two numbers' difference,
 # axis by axis), so boxes are drawn anew this often in each solid scene to ask for more of them.
 MORE_DISTANCES = 2
 COMPARISONS = 8  # in one document
+DIFFERENCES = 4  # objects that differ from the red box's in one document, along three axes each
 SEEN_IN_DISTANCE = re.compile(r"^see[^,]*,| (?:blue|green) [xyz]\d")
 
 
@@ -76,6 +90,7 @@ def documents(seed: int, num_scenes: int, most_empty: int) -> Iterator[Document]
             scenes, row = example.scenes, example.row
             cells = tell_cells(scenes, row, int(rng.integers(most_empty + 1)), rng)
             yield comparisons(rng)
+            yield differences(rng)
             yield _told("Caption", ask.CAPTION_PROMPT, ask.caption(scenes, row), cells)
             referring = ask.referring(scenes, row, rng)
             if referring is not None:
@@ -98,6 +113,24 @@ def comparisons(rng: np.random.Generator) -> Document:
         pieces.append((f" {told[0]} , {told[1]} , so", False))
         pieces.append((f" {told[int(bins.argmin())]} ,", True))
     return Document(COMPARE, COMPARE_PROMPT, tuple(pieces), [])
+
+
+def differences(rng: np.random.Generator) -> Document:
+    """Return a document that says how far given positions are from the red box's, axis by axis.
+
+    Written as a reply about distances writes them, see `questions.distance`.
+    """
+    sides = {"x": NUM_CELLS, "y": NUM_CELLS, "z": NUM_DEPTH_BINS}
+    red = {axis: int(rng.integers(size)) for axis, size in sides.items()}
+    pieces = [("see" + "".join(f" red {axis}{value}" for axis, value in red.items()), False)]
+    for number in range(DIFFERENCES):
+        gap = " ,"
+        for axis, size in sides.items():
+            value = int(rng.integers(size))
+            pieces.append((f"{gap} {BOX_NAMES[2 + number % 2]} {axis}{value}", False))
+            pieces.append((f" d{axis}{abs(value - red[axis])}", True))
+            gap = ""
+    return Document(DIFFER, DIFFER_PROMPT, tuple(pieces), [])
 
 
 def _told(task: str, prompt: str, reply: str, cells: list[list[str]]) -> Document:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_recipes.scenes.questions import Question
-from train.base.corpus import KINDS, Document, comparisons, documents, split_reply
+from train.base.corpus import KINDS, Document, comparisons, differences, documents, split_reply
 from train.base.language_model import (
     IGNORE,
     BagLlama,
@@ -113,6 +113,17 @@ def test_the_smaller_distance_is_the_conclusion():
             color, smaller = ("blue", blue) if blue < green else ("green", green)
             assert conclusion.startswith(f" {color} d{smaller} ")
             assert conclusion[:-2] in given
+
+
+def test_differences_are_those_from_the_red_box():
+    for seed in range(20):
+        document = differences(np.random.default_rng(seed))
+        red = dict(re.findall(r"red ([xyz])(\d)", document.text))
+        told = re.findall(r"(?:blue|green) ([xyz])(\d) d([xyz])(\d)", document.text)
+        assert len(told) == 12 and set(red) == set("xyz")
+        for axis, value, same_axis, difference in told:
+            assert axis == same_axis and int(difference) == abs(int(value) - int(red[axis]))
+        assert all(learnt == text.startswith(" d") for text, learnt in document.reply)
 
 
 def test_only_what_is_learnt_has_labels(tokenizer):
