@@ -61,6 +61,8 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
     values = check_fields(stage.training, where)
     arguments = {**DEFAULTS, **values, **FIXED}
     arguments.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if stage.changes:  # what a change freezes gets no gradient, and ranks must not wait for it
+        arguments.setdefault("ddp_find_unused_parameters", True)
     if not arguments.get("dataloader_num_workers"):
         arguments["dataloader_persistent_workers"] = False
     if arguments.get("deepspeed"):

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from train.averages import WeightAverage
 from vlm.done import write_flushed
 
 RATES = {
@@ -25,6 +26,18 @@ class LogWithCheckpoint(TrainerCallback):
     ) -> None:
         if control.should_save:
             control.should_log = True
+
+
+class KeepAverage(TrainerCallback):
+    """Take every step's weights into their average, before a checkpoint is written."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.average.update(model, state.global_step)
 
 
 class ProgressLine(TrainerCallback):

@@ -91,16 +91,17 @@ def is_done(folder: Path) -> bool:
     return read_manifest(folder).get("status") == "done"
 
 
-def check_space(folder: Path, model: Any, saves_checkpoints: bool) -> None:
-    """Refuse to start where not even one checkpoint would fit.
+def check_space(folder: Path, model: Any, saves_checkpoints: bool, averages: bool) -> None:
+    """Refuse to start where not even one checkpoint, with averages or without, would fit.
 
     Raises:
         UserError: the disk has too little room; the sentence has both numbers.
     """
     sizes = [(p.numel() * p.element_size(), p.requires_grad, p.numel()) for p in model.parameters()]
     weights = sum(size for size, _, _ in sizes)
-    moments = sum(8 * count for _, trains, count in sizes if trains)  # two float32 of AdamW
-    needed = weights + (weights + moments if saves_checkpoints else 0)
+    trained = sum(count for _, trains, count in sizes if trains)
+    beside = 4 * trained * (3 if averages else 2)  # float32: two of AdamW
+    needed = weights + (weights + beside if saves_checkpoints else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

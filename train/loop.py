@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Literal, cast
 
+from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
@@ -49,6 +51,8 @@ def make_trainer(
         on_skip=SkipNotes(folder, arguments.process_index),
         dataset=parts.dataset,
         length_window=stage.length_window,
+        starts=(0, *(change.at_step for change in stage.changes)),
+        ema_decay=None if stage.ema is None else stage.ema.decay,
         data_collator=parts.collate,
         processing_class=parts.dataset.processor,
         callbacks=callbacks,
@@ -58,17 +62,31 @@ def make_trainer(
 
 
 def train_to_end(
-    trainer: VlmTrainer, checkpoint: Path | None, folder: Path, manifest: StageManifest
+    trainer: VlmTrainer,
+    checkpoint: Path | None,
+    folder: Path,
+    manifest: StageManifest,
+    weights: Literal["trained", "average"] = "trained",
 ) -> None:
     """Train from `checkpoint` (or the start) to the last step and write the stage's model.
+
+    Args:
+        trainer: from `make_trainer`.
+        checkpoint: the stage's newest.
+        folder: the stage's.
+        manifest: the stage's.
+        weights: which ones the stage ends with.
 
     Raises:
         KeyboardInterrupt: the user stopped it; the newest checkpoint is whole.
     """
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
+        if trainer.average is not None:
+            trainer.average.load(checkpoint)
     step = 0 if checkpoint is None else step_of(checkpoint)
-    if checkpoint is None or not _is_last(checkpoint):
+    ended = checkpoint if checkpoint is not None and _is_last(checkpoint) else None
+    if ended is None:
         with StopCleanly() as stop:
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -78,16 +96,36 @@ def train_to_end(
             manifest.write("interrupted")
             say(f"stopped; {newest(folder / 'checkpoints')} is saved, the same command goes on")
             raise KeyboardInterrupt
-        trainer.save_model(str(folder))
-    elif is_main_process():
-        copy_model(checkpoint, folder)  # killed after its last step, before the end was written
+    _write_final(trainer, ended, folder, weights)
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         _draw(folder)
         flush_files(folder)
-        manifest.finish(step, records_seen(trainer, step), trainer.final_figures())
+        figures = {"weights": weights, **trainer.final_figures()}
+        manifest.finish(step, records_seen(trainer, step), figures)
         say(f"stage {folder.name}: done, {folder}")
     trainer.accelerator.wait_for_everyone()
+
+
+def _write_final(trainer: VlmTrainer, ended: Path | None, folder: Path, weights: str) -> None:
+    """Write the stage's model.
+
+    Args:
+        trainer: holds the weights of the last step.
+        ended: the checkpoint of the last step, where the stage was killed after it.
+        folder: the stage's.
+        weights: "average" puts the average in place of the weights first.
+    """
+    average = trainer.average
+    if weights == "average" and average is not None:
+        average.copy_to(cast(nn.Module, trainer.model))
+    elif ended is not None:
+        if is_main_process():
+            copy_model(ended, folder)
+        return
+    trainer.save_model(str(folder))
+    if weights == "trained" and average is not None:
+        average.save(folder)
 
 
 def records_seen(trainer: VlmTrainer, step: int) -> dict[str, int]:

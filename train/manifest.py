@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class StageManifest(TrainerCallback):
             "seed": recipe.seed,
             "step": before.get("step", 0),
             "recipe_sha256": hash_tree(recipe.to_dict()),
-            "trainable": stage.trainable,
+            "trainable": asdict(stage)["trainable"],
+            "changes": asdict(stage)["changes"],
             "feature_cache": features,
             "data": hash_sources(stage.data.sources) if is_main_process() else {},
             **environment(device),

@@ -137,7 +137,7 @@ def _check_first_stage(
     of_one = stage.training.get("per_device_train_batch_size") == 1
     no_words = qformer.get("tokenizer") is None
     blind = [source.name for source in stage.data.sources if source.image_position == "none"]
-    parts = ", ".join(stage.trainable)
+    parts = ", ".join(stage.ever_trained)
     faults = {
         f"comes before the language model, but {before} stand before it": bool(before),
         f"trains the connector alone, not {parts}": parts != "connector",

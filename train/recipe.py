@@ -16,6 +16,7 @@ from data_recipes.mixture import Source, load_mix, parse_sources
 from train.features.plan import FeatureCache
 from train.freeze import PARTS
 from train.objectives import Objective, check_objectives, parse_objective, resolve_objective
+from train.rates import Change, PartRates, parse_changes, parse_trainable
 from vlm.errors import UserError
 from vlm.overrides import apply_overrides, parse_overrides
 from vlm.yaml_values import read_file
@@ -61,12 +62,27 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaRecipe:
+    """An exponential moving average of the weights, kept in float32 beside them.
+
+    Attributes:
+        decay: what a step leaves of it; less in the first steps, see `train.averages`.
+        use: which weights the stage ends with, its own or their average. Checkpoints have both.
+    """
+
+    decay: float = 0.999
+    use: Literal["average", "trained"] = "average"
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageRecipe:
     """One stage: what trains and how fast, on what, for how long.
 
     Attributes:
         name: folder of the stage's result, and its name in overrides.
-        trainable: part -> peak learning rate; parts that are not named are frozen.
+        trainable: part -> peak learning rate, or `PartRates`; parts that are not named are frozen.
+        changes: what trains from later steps on, see `train.rates`.
+        ema: an average of the weights to keep, see `EmaRecipe`.
         data: see `DataRecipe`.
         objective: what it learns by, see `train.objectives`; the next token if None.
         chat_template: another template for this stage alone, such as llava_plain.
@@ -79,14 +95,26 @@ class StageRecipe:
     """
 
     name: str
-    trainable: dict[str, float]
+    trainable: dict[str, float | PartRates]
     data: DataRecipe
+    changes: list[Change] = field(default_factory=list)
+    ema: EmaRecipe | None = None
     objective: dict[str, Any] | None = None
     chat_template: str | None = None
     max_length: int | None = None
     length_window: int = 0
     packed: bool = False
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> list[dict[str, float | PartRates]]:
+        """What trains at first, and after each change."""
+        return [self.trainable, *(change.trainable for change in self.changes)]
+
+    @property
+    def ever_trained(self) -> list[str]:
+        """Names of the parts that train at any time of the stage."""
+        return list(dict.fromkeys(part for phase in self.phases for part in phase))
 
     @property
     def aim(self) -> Objective:
@@ -220,13 +248,19 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
     if "data" in values:
         values["data"] = _parse_data(values["data"], f"{where}.data")
     if "trainable" in values:
-        values["trainable"] = _parse_trainable(values["trainable"], f"{where}.trainable")
+        values["trainable"] = parse_trainable(values["trainable"], f"{where}.trainable", PARTS)
+    if "changes" in values:
+        values["changes"] = parse_changes(values["changes"], f"{where}.changes", PARTS)
+    if values.get("ema") is not None:
+        given = _mapping(values["ema"], f"{where}.ema")
+        values["ema"] = config_from_mapping(EmaRecipe, given, f"{where}.ema")
     values["objective"] = resolve_objective(values.get("objective"), f"{where}.objective")
     stage = config_from_mapping(StageRecipe, values, where)
     if not stage.name or Path(stage.name).name != stage.name or stage.name.startswith("."):
         raise UserError(f"{where}: name {stage.name!r} cannot be a folder's name")
     if stage.length_window < 0:
         raise UserError(f"{where}: length_window must be 0 or more, not {stage.length_window}")
+    _check_engine(stage, where)
     if stage.packed and stage.objective is not None:
         raise UserError(f"{where}: only stages that learn the next token can be packed")
     if stage.chat_template is not None:
@@ -236,16 +270,24 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
     return stage
 
 
-def _parse_trainable(value: Any, where: str) -> dict[str, float]:
-    rates = {}
-    for part, rate in _mapping(value, where).items():
-        with_place(where, lookup, "part", part, PARTS)
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0:
-            raise UserError(f"{where}.{part} must be a learning rate such as 1e-3, not {rate!r}")
-        rates[part] = float(rate)
-    if not rates:
-        raise UserError(f"{where} names no part, so nothing would train; parts: {', '.join(PARTS)}")
-    return rates
+def _check_engine(stage: StageRecipe, where: str) -> None:
+    """Refuse what needs whole weights where they are in pieces, and schedules without a peak."""
+    sharded = [name for name in ("deepspeed", "fsdp") if stage.training.get(name)]
+    for field_name, given in (("changes", stage.changes), ("ema", stage.ema)):
+        if given and sharded:
+            raise UserError(
+                f"{where}.{field_name} needs all weights in one place, which training."
+                f"{sharded[0]} cuts into pieces; leave one of them out"
+                + ("" if field_name == "ema" else ", or make it two stages")
+            )
+    schedule = stage.training.get("lr_scheduler_type")
+    if stage.changes and schedule in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"{where}.changes sets the peaks that a schedule multiplies, but lr_scheduler_type "
+            f"{schedule!r} has none; choose another"
+        )
+    if stage.ema is not None and not 0 <= stage.ema.decay < 1:
+        raise UserError(f"{where}.ema.decay must be in [0, 1), not {stage.ema.decay:g}")
 
 
 def _parse_data(value: Any, where: str) -> DataRecipe:

@@ -6,18 +6,21 @@ deepspeed --module train RECIPE --stage align
 """
 
 from pathlib import Path
+from typing import Any
 
 from train.arguments import check_arguments, training_arguments
 from train.checkpoints import newest
 from train.data import check_data
 from train.features.cache import features_before, prepare_features
 from train.folders import check_space, claim, is_done, prepare_output
-from train.freeze import describe, freeze
+from train.freeze import Group, describe, freeze, settings
 from train.loop import make_trainer, train_to_end
 from train.manifest import StageManifest
 from train.parts import stage_parts, with_features
 from train.process import free_memory, say, seed_everything, set_up_torch
-from train.recipe import Recipe, StageRecipe
+from train.rates import check_steps
+from train.recipe import Recipe, StageRecipe, with_place
+from train.steps import step_sizes, total_steps
 from vlm.errors import UserError
 
 
@@ -67,15 +70,34 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     checkpoint = newest(folder / "checkpoints")
     seed_everything(recipe.seed)
     parts = stage_parts(recipe, stage, previous, checkpoint)
-    groups = freeze(parts.model, stage.trainable)
+    groups = freeze_stage(recipe, stage, parts.model)
     arguments = training_arguments(recipe, stage, folder)
-    check_space(folder, parts.model, arguments.save_strategy != "no")
+    check_space(folder, parts.model, arguments.save_strategy != "no", stage.ema is not None)
+    steps = total_steps(arguments, step_sizes(arguments, len(parts.dataset)))
+    check_steps(stage.changes, steps, f"stages.{stage.name}")
 
     say(f"stage {stage.name}: {len(parts.dataset)} records an epoch, result in {folder}")
     say("\n".join(describe(parts.model, stage.trainable)))
+    for change in stage.changes:
+        say(
+            "\n".join([f"from step {change.at_step} on:", *describe(parts.model, change.trainable)])
+        )
     before = features_before(folder, checkpoint)
     found = prepare_features(recipe, stage, parts, arguments, before)
     manifest = StageManifest(folder, recipe, stage, arguments.device, found.note)
     parts = with_features(parts, stage, found.store)
     trainer = make_trainer(stage, folder, parts, groups, arguments, manifest)
-    train_to_end(trainer, checkpoint, folder, manifest)
+    weights = "trained" if stage.ema is None else stage.ema.use
+    train_to_end(trainer, checkpoint, folder, manifest, weights)
+
+
+def freeze_stage(recipe: Recipe, stage: StageRecipe, model: Any) -> list[Group]:
+    """Freeze what the stage never trains, and return the optimizer's groups.
+
+    Raises:
+        UserError: this stage or a later one names layers that the model does not have.
+    """
+    for later in recipe.stages[recipe.stages.index(stage) + 1 :]:
+        for phase in later.phases:
+            with_place(f"stages.{later.name}", settings, model, phase)
+    return with_place(f"stages.{stage.name}", freeze, model, stage.trainable, stage.phases[1:])

@@ -6,6 +6,7 @@ forward accepts it.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,14 +14,18 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from data_recipes.dataset import ConversationDataset, Skipped
+from train.averages import WeightAverage
+from train.callbacks import KeepAverage
 from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
 from train.freeze import Group, optimizer_groups
 from train.order import PositionSampler
+from train.phases import PhaseSwitch, follow_phases
 from vlm.errors import UserError
 
 
@@ -56,7 +61,9 @@ class SealingTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every rank's random state is written
             if self.args.should_save:
-                seal(folder / f"{PREFIX}{self.state.global_step}")
+                checkpoint = folder / f"{PREFIX}{self.state.global_step}"
+                self._save_more(checkpoint)
+                seal(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             if not is_full_disk(error):
                 raise
@@ -69,6 +76,9 @@ class SealingTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             prune(folder, limit)
+
+    def _save_more(self, checkpoint: Path) -> None:
+        """Write what a subclass keeps beside what the Trainer does; asked of the main process."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write model and processor; not the pickle of the arguments that the Trainer adds."""
@@ -85,6 +95,11 @@ class VlmTrainer(SealingTrainer):
         groups: from `train.freeze.freeze`.
         on_skip: called with every record that was left out of a batch of this rank.
         length_window: optimizer steps within which rows of like length come together; 0: none.
+        starts: steps done when each of the groups' phases begins, the first 0.
+        ema_decay: of the weights' average; None: none is kept.
+
+    Attributes:
+        average: of the weights, on the main process alone.
     """
 
     def __init__(
@@ -94,12 +109,21 @@ class VlmTrainer(SealingTrainer):
         groups: list[Group],
         on_skip: Any,
         length_window: int = 0,
+        starts: Sequence[int] = (0,),
+        ema_decay: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=dataset, **kwargs)
         self.dataset = dataset
         self.groups = groups
         self.on_skip = on_skip
+        self.starts = starts
+        self.average: WeightAverage | None = None
+        if ema_decay is not None and self.args.should_save:
+            self.average = WeightAverage(cast(nn.Module, self.model), ema_decay)
+            self.add_callback(KeepAverage(self.average))
+        if len(starts) > 1:
+            self.add_callback(PhaseSwitch(groups, starts, self.args.weight_decay))
         self.window = Window()
         micro_batch = self.args.train_batch_size * self.args.world_size
         window = length_window * micro_batch * self.args.gradient_accumulation_steps
@@ -116,6 +140,20 @@ class VlmTrainer(SealingTrainer):
             groups = optimizer_groups(model, self.groups, self.args.weight_decay)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Build the schedule, whose peaks are those of the phase."""
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and len(self.starts) > 1:
+            follow_phases(cast(LambdaLR, scheduler), self.groups, self.starts)
+        return scheduler
+
+    def _save_more(self, checkpoint: Path) -> None:
+        if self.average is not None:
+            self.average.save(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         """Give the loader a generator of its own.
@@ -175,7 +213,8 @@ class VlmTrainer(SealingTrainer):
         if "loss" in logs:
             del logs["learning_rate"]
             for group in self.optimizer.param_groups:
-                logs[f"learning_rate/{group['part']}"] = float(group["lr"])
+                name = f"learning_rate/{group['part']}"  # of its layers the highest
+                logs[name] = max(float(group["lr"]), logs.get(name, 0.0))
             logs.update(self.window.rates())
             self.window = Window()
         super().log(logs, start_time)

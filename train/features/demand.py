@@ -63,7 +63,7 @@ def later_looks(recipe: Recipe, stage: StageRecipe, now: Looks) -> list[Looks]:
     """Return those of later stages of a run that look through the same encoder in the same way."""
     found = []
     for later in recipe.stages[recipe.stages.index(stage) + 1 :]:
-        if "vision_tower" in later.trainable:
+        if "vision_tower" in later.ever_trained:
             break  # from there on it is another encoder
         if not isinstance(later.aim, NextToken) or {"deepspeed", "fsdp"} & set(later.training):
             continue
