@@ -36,6 +36,10 @@ class StepSizes:
         """Optimizer steps of an epoch."""
         return max(1, math.ceil(self.batches / self.accumulation))
 
+    def total(self, epochs: float, max_steps: int) -> int:
+        """Return the optimizer steps of a stage; `max_steps` above 0 decides."""
+        return max_steps if max_steps > 0 else math.ceil(epochs * self.steps)
+
     def spans(self, steps: int, window: int = 0, ahead: int = 0) -> list[tuple[int, int]]:
         """Return the positions [start, stop) of the mixture that so many steps see, by epoch.
 
@@ -67,9 +71,7 @@ def step_sizes(arguments: "TrainingArguments", records: int) -> StepSizes:
 
 def total_steps(arguments: "TrainingArguments", sizes: StepSizes) -> int:
     """Return the optimizer steps of a stage, as the Trainer counts them."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return math.ceil(arguments.num_train_epochs * sizes.steps)
+    return sizes.total(arguments.num_train_epochs, arguments.max_steps)
 
 
 def loaded_ahead(arguments: "TrainingArguments") -> int:

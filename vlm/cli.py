@@ -33,6 +33,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "quickstart": Command("vlm.quickstart", "from nothing to a trained, chattable model", True),
     "train": Command("train.cli", "run the stages of a recipe", True),
+    "plan": Command("train.planning.cli", "tell what a run will need: memory, tokens, hours"),
     "data": Command("data_recipes.cli", "build, check and look at data"),
     "eval": Command("eval.cli", "score a model on benchmark tasks", True),
     "ablate": Command("eval.ablation.cli", "compare variants of a recipe in one table", True),

@@ -175,8 +175,14 @@ class VlmProcessor(ProcessorMixin):
         Raises:
             UserError: the conversation cannot be encoded.
         """
+        return self.count_tokens(messages, sizes)[0]
+
+    def count_tokens(self, messages: Sequence[Message], sizes: Sequence[Size]) -> tuple[int, int]:
+        """Return `num_tokens`, and how many of these are supervised."""
         checked = check_messages(messages, len(sizes), self.image_token)
-        return len(self._layout(checked, sizes, supervise=True)[0])
+        ids, labels = self._layout(checked, sizes, supervise=True)
+        assert labels is not None, "asked for"
+        return len(ids), int((labels != IGNORE).sum())
 
     def _layout(
         self,

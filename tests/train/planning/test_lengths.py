@@ -1,0 +1,100 @@
+"""Are rows measured where the data is, and assumed in plain words where it is not?"""
+
+import pytest
+
+from train.planning.lengths import assumed_lengths, count_records, measured_lengths
+from train.planning.skeleton import build_skeleton
+from train.planning.step import Sample
+from train.recipe import parse_recipe
+from vlm.errors import UserError
+
+SIZES = ((64, 32), (32, 32), (96, 96))  # (width, height)
+
+
+def test_assumed_rows_have_the_middle_and_the_largest_image(both):
+    _, model = both(tiling={"type": "anyres"})
+    lengths = assumed_lengths(model, SIZES, 10, None)
+    assert lengths.mean == Sample(((64, 32),), 10, 5)  # 52 tokens, between 36 and 88
+    assert lengths.longest == Sample(((96, 96),), 10, 5)
+    assert lengths.origin == (
+        "10 text tokens, half of them supervised, and one image a row (as given)"
+    )
+
+
+def test_the_longest_row_is_filled_up_to_max_length(both):
+    _, model = both()  # 16 tokens an image
+    lengths = assumed_lengths(model, SIZES, None, 100)
+    assert lengths.longest.text_tokens == 84
+    assert lengths.origin.endswith("(assumed); the longest is filled up to max_length 100")
+
+
+def test_images_that_do_not_fit_are_told(both):
+    _, model = both(tiling={"type": "anyres"})
+    lengths = assumed_lengths(model, SIZES, None, 50)
+    assert lengths.longest == Sample(((32, 32),), 50 - 36, 7)
+    assert lengths.origin.endswith("max_length 50, which images of 64x32, 96x96 exceed")
+    with pytest.raises(UserError, match="takes 36 tokens, which leaves no text in max_length 36"):
+        assumed_lengths(model, SIZES, None, 36)
+
+
+def processor_of(recipe):
+    processor = build_skeleton(recipe.model).processor
+    assert processor is not None
+    return processor
+
+
+@pytest.fixture
+def measure(tree):
+    """(**stage) -> the lengths of stage instruct, measured, and its dataset's own."""
+
+    def run(num_records=24, **changes):
+        align, instruct = tree["stages"]
+        recipe = parse_recipe({**tree, "stages": [align, {**instruct, **changes}]}, "recipe")
+        return measured_lengths(recipe.stages[1], processor_of(recipe), 0, num_records, 4)
+
+    return run
+
+
+def test_measured_on_the_records(measure):
+    lengths = measure()
+    assert lengths.origin.startswith("mean and longest of 24 records")
+    # 20 of 24 have one image, and answers have three lengths
+    assert len(lengths.mean.image_sizes) == 1
+    assert lengths.mean.text_tokens < lengths.longest.text_tokens
+    assert 0 < lengths.mean.supervised_tokens < lengths.mean.text_tokens
+
+
+def test_packed_rows_share_a_micro_batch(measure):
+    longest, heaviest = measure().longest, measure(packed=True).longest
+    assert heaviest.text_tokens < longest.text_tokens
+
+
+def test_records_that_cannot_be_used_are_left_out(measure, tmp_path):
+    longest = measure().longest.text_tokens + 16
+    kept = measure(max_length=longest - 1)
+    assert kept.longest.text_tokens + 16 < longest
+    (tmp_path / "0.png").unlink()
+    assert measure().origin.startswith("mean and longest of 19 records")
+    assert measure(max_length=20) is None
+
+
+def test_each_stage_is_measured_with_its_own_template(tree):
+    recipe = parse_recipe(tree, "recipe")
+    processor = processor_of(recipe)
+    align, instruct = recipe.stages
+    alone = measured_lengths(instruct, processor, 0, 24, 4)
+    assert measured_lengths(align, processor, 0, 24, 4) != alone  # llava_plain drops the question
+    assert measured_lengths(instruct, processor, 0, 24, 4) == alone
+
+
+def test_no_usable_record_is_none(measure, tmp_path):
+    (tmp_path / "data.json").write_text('[{"id": "a", "conversations": []}]')
+    assert measure() is None
+
+
+def test_records_of_an_epoch(tree):
+    tree["stages"][0]["data"]["sources"][0]["repeat"] = 2.0
+    stages = parse_recipe(tree, "recipe").stages
+    assert count_records(stages[0], 0) == 48
+    tree["stages"][0]["data"]["sources"][0]["path"] = "nowhere.json"
+    assert count_records(parse_recipe(tree, "recipe").stages[0], 0) is None

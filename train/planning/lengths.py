@@ -1,0 +1,151 @@
+"""How long are a stage's rows? Measured on its first records where they are here, else assumed."""
+
+import sys
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_recipes.dataset import ConversationDataset, image_root
+from data_recipes.index import RecordIndex
+from data_recipes.mixture import Mixture
+from train.planning.step import Sample, plan_views
+from train.recipe import StageRecipe
+from vlm.chat_templates import load
+from vlm.errors import UserError
+from vlm.images import image_size
+from vlm.processing import VlmProcessor
+from vlm.tiling import Size
+
+TEXT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A stage's rows.
+
+    Attributes:
+        mean: what a row is on average; time is counted on it.
+        longest: what memory must hold.
+        origin: a sentence that says where both are from.
+    """
+
+    mean: Sample
+    longest: Sample
+    origin: str
+
+
+def assumed_lengths(
+    model: Any,
+    image_sizes: Sequence[Size],
+    text_tokens: int | None,
+    max_length: int | None,
+) -> Lengths:
+    """Return rows of one image and some text.
+
+    Args:
+        model: the skeleton; its tiling and connector count the image's tokens.
+        image_sizes: (width, height); the mean row has the middle one by tokens, the longest the
+            one of most tokens.
+        text_tokens: of a row; None: an assumption.
+        max_length: what the longest row is filled up to; None: no row is.
+    """
+    tokens = {size: image_tokens(model, (size,)) for size in image_sizes}
+    most = max(tokens.values()) + 1 if max_length is None else max_length
+    fitting = sorted((size for size in tokens if tokens[size] < most), key=lambda s: tokens[s])
+    if not fitting:
+        size = min(tokens, key=lambda s: tokens[s])
+        raise UserError(
+            f"an image of {size[0]}x{size[1]} takes {tokens[size]} tokens, which leaves no text in "
+            f"max_length {max_length}; raise it, or choose a tiling or connector with fewer tokens"
+        )
+    middle, largest = fitting[(len(fitting) - 1) // 2], fitting[-1]
+    text = TEXT_TOKENS if text_tokens is None else text_tokens
+    rest = text if max_length is None else max_length - tokens[largest]
+    origin = f"{text} text tokens, half of them supervised, and one image a row"
+    origin += " (assumed)" if text_tokens is None else " (as given)"
+    if max_length is not None:
+        origin += f"; the longest is filled up to max_length {max_length}"
+    if too_large := [f"{w}x{h}" for w, h in tokens if (w, h) not in fitting]:
+        origin += f", which images of {', '.join(too_large)} exceed"
+    return Lengths(_row_of(middle, text), _row_of(largest, rest), origin)
+
+
+def _row_of(size: Size, text: int) -> Sample:
+    return Sample((size,), text, (text + 1) // 2)
+
+
+def image_tokens(model: Any, sizes: tuple[Size, ...]) -> int:
+    """Return the tokens of images that come together."""
+    return plan_views(model, Sample(sizes, 0, 0))[1]
+
+
+def count_records(stage: StageRecipe, seed: int) -> int | None:
+    """Return the records of an epoch, or None where a file is not here."""
+    sources = stage.data.sources
+    if not all(Path(source.path).is_file() for source in sources):
+        return None
+    return len(Mixture(sources, [len(RecordIndex(source.path)) for source in sources], seed))
+
+
+def measured_lengths(
+    stage: StageRecipe, processor: VlmProcessor, seed: int, num_records: int, micro_batch: int
+) -> Lengths | None:
+    """Return the mean and the longest of the first records, pictures' headers read.
+
+    Packed rows share a micro-batch, so there the mean of the heaviest one stands for the longest.
+    None where no record can be used; `vlm data check` says why.
+    """
+    processor = copy(processor)  # other stages have other templates
+    if stage.chat_template is not None:
+        processor.chat_template = load(stage.chat_template)
+    dataset = ConversationDataset(stage.data.sources, processor, seed)
+    number, most = min(num_records, len(dataset)), stage.max_length or sys.maxsize
+    found = [_row(dataset, processor, position) for position in range(number)]
+    rows = [row for row in found if row is not None and _length(processor, row) <= most]
+    if not rows:
+        return None
+    batches = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+    batches = [batch for batch in batches if len(batch) == micro_batch] or batches
+    heaviest = [max(rows, key=lambda row: _length(processor, row))]
+    if stage.packed:
+        heaviest = max(batches, key=lambda batch: sum(_length(processor, row) for row in batch))
+    origin = f"mean and longest of {len(rows)} records (--measure N looks at more)"
+    return Lengths(mean_sample(processor, rows), mean_sample(processor, heaviest), origin)
+
+
+def mean_sample(processor: VlmProcessor, rows: Sequence[Sample]) -> Sample:
+    """Return a sample of mean text and as many images as rows have on average.
+
+    Each image is the middle one by tokens.
+    """
+    sizes = sorted(
+        (size for row in rows for size in row.image_sizes), key=processor.image_processor.num_tokens
+    )
+    images = [sizes[len(sizes) // 2]] * round(len(sizes) / len(rows)) if sizes else []
+    return Sample(
+        tuple(images),
+        round(sum(row.text_tokens for row in rows) / len(rows)),
+        round(sum(row.supervised_tokens for row in rows) / len(rows)),
+    )
+
+
+def _row(dataset: ConversationDataset, processor: VlmProcessor, position: int) -> Sample | None:
+    """Return the record at `position` as a sample, None if it cannot be used."""
+    number, row = dataset.mixture.locate(position)
+    root = image_root(dataset.mixture.sources[number])
+    try:
+        record = dataset.record(number, row)
+        sizes = tuple(image_size(root / path) for path in record.images)
+        tokens, supervised = processor.count_tokens(record.messages, sizes)
+    except UserError:
+        return None
+    images = sum(processor.image_processor.num_tokens(size, len(sizes)) for size in sizes)
+    return Sample(sizes, tokens - images, supervised)
+
+
+def _length(processor: VlmProcessor, row: Sample) -> int:
+    """Return a row's tokens, images included."""
+    num_tokens = processor.image_processor.num_tokens
+    return row.text_tokens + sum(num_tokens(s, len(row.image_sizes)) for s in row.image_sizes)
