@@ -44,7 +44,9 @@ __all__ = [
     "acts_inside",
     "build_connector",
     "connector_token_grid",
+    "replaces_linears",
     "resolve_connector_config",
+    "stands_beside_linears",
     "text_source",
     "view_token_grid",
 ]
@@ -125,9 +127,24 @@ def _parse_any(config: Any) -> tuple[type[Connector], ConnectorConfig]:
 
 def acts_inside(config: ConnectorChoice) -> bool:
     """Return whether a connector acts inside the language model too, so that it has to be known."""
+    return any(part.faces - {"project"} for part in _inside_classes(config))
+
+
+def stands_beside_linears(config: ConnectorChoice) -> bool:
+    """Return whether a connector does something at the language model's linear layers."""
+    return any("on_linear" in part.faces for part in _inside_classes(config))
+
+
+def replaces_linears(config: ConnectorChoice) -> bool:
+    """Return whether a connector stands for the language model's linear layers at some tokens."""
+    return any(part.replaces_linear for part in _inside_classes(config))
+
+
+def _inside_classes(config: ConnectorChoice) -> list[type[Connector]]:
+    """Return the classes of a chain's parts; of a single connector that only projects, none."""
     parsed = _parse_any(config)[1]
     parts = parsed.parts if isinstance(parsed, ChainConfig) else ()
-    return any(part.connector_class.faces - {"project"} for part in parts)
+    return [part.connector_class for part in parts]
 
 
 def build_connector(

@@ -40,6 +40,7 @@ ELSEWHERE: dict[str, str] = {
     "train_sampling_strategy": "it is the stage's length_window",
     **dict.fromkeys(FIXED, "the trainer sets it"),
 }
+EXTRAS = "the extra packages for training come with: make extras EXTRAS=train"
 
 
 def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
@@ -72,9 +73,7 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
             output_dir=str(folder / "checkpoints"), seed=recipe.seed, **arguments
         )
     except ImportError as error:
-        raise UserError(
-            f"{where}: {error}; the extra packages for training come with: make extras EXTRAS=train"
-        ) from error
+        raise UserError(f"{where}: {error}; {EXTRAS}") from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
@@ -87,9 +86,25 @@ def check_arguments(recipe: Recipe, stage: StageRecipe) -> None:
     Raises:
         UserError: as `training_arguments`.
     """
-    values = check_fields(stage.training, f"stages.{stage.name}.training")
+    where = f"stages.{stage.name}.training"
+    values = check_fields(stage.training, where)
     if "RANK" not in os.environ and not values.get("deepspeed"):
-        training_arguments(recipe, stage, Path(recipe.output_dir) / stage.name)
+        arguments = training_arguments(recipe, stage, Path(recipe.output_dir) / stage.name)
+        _check_optimizer(arguments, where)
+
+
+def _check_optimizer(arguments: Any, where: str) -> None:
+    """Ask for the library of `optim`, which the Trainer asks for when the model is loaded.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        raise UserError(f"{where}.optim: {error}; {EXTRAS}") from error
 
 
 def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from train.adapted import keeps_base, plain_folder, put_on_base
 from train.objectives import QFormerStage1
 from train.qformer_stage1 import take_qformer
 from train.recipe import Recipe, StageRecipe
@@ -33,10 +34,17 @@ def build_model(
         model, processor = _assemble(recipe)
         if previous is not None:
             take_qformer(model, previous)
+        plain = None
     else:
-        model, processor = load_model(source, dtype=recipe.model.dtype, device="cpu")
+        # What a stage learns has the type it learns in, the frozen weights below it the recipe's.
+        on_base = checkpoint is not None and keeps_base(recipe, stage)
+        dtype = None if on_base else recipe.model.dtype
+        model, processor = load_model(source, dtype, "cpu", merged=not on_base)
         if previous is not None or recipe.model.chat_template is not None:
             processor.chat_template = model_template(recipe)
+        plain = plain_folder(source)
+    if checkpoint is None and keeps_base(recipe, stage):
+        put_on_base(recipe, stage, plain, model, processor)
     if stage.chat_template is not None:
         vocabulary = processor.tokenizer.get_vocab()
         special = CHAT_TEMPLATES[stage.chat_template].special_tokens

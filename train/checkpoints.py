@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from vlm.done import flush, write_flushed
+from vlm.on_base import read_base, stands_on_base
 
 PREFIX = "checkpoint-"
 NOTE = "complete.json"
@@ -38,6 +39,8 @@ def copy_model(checkpoint: Path, folder: Path) -> None:
         state = path.suffix in (".pt", ".pth") or path.name in (NOTE, "trainer_state.json")
         if path.is_file() and not state:
             shutil.copy(path, folder / path.name)
+    if stands_on_base(folder):
+        read_base(checkpoint).write(folder)  # the note says where from its own folder
 
 
 def seal(folder: Path) -> None:

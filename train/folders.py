@@ -2,6 +2,8 @@
 
 <output_dir>/recipe.yaml            the whole resolved recipe
 <output_dir>/<stage>/               a checkpoint: config, weights, processor, chat template
+    base/                           of a stage that keeps what it trains alone: the frozen weights,
+                                    where no other folder holds just these (vlm/on_base.py)
     recipe.yaml                     what this stage was told: model, seed, stage
     manifest.json                   what was run, status, counts
     training_log.jsonl loss.png tensorboard/ skipped.<rank>.jsonl
@@ -91,14 +93,22 @@ def is_done(folder: Path) -> bool:
     return read_manifest(folder).get("status") == "done"
 
 
-def check_space(folder: Path, model: Any, saves_checkpoints: bool, averages: bool) -> None:
+def check_space(
+    folder: Path, model: Any, saves_checkpoints: bool, averages: bool, trained_only: bool = False
+) -> None:
     """Refuse to start where not even one checkpoint, with averages or without, would fit.
+
+    Args:
+        folder: on the disk that is looked at.
+        model: with the freeze plan applied.
+        saves_checkpoints: whether there are any but the final model.
+        trained_only: whether they hold what trains alone.
 
     Raises:
         UserError: the disk has too little room; the sentence has both numbers.
     """
     sizes = [(p.numel() * p.element_size(), p.requires_grad, p.numel()) for p in model.parameters()]
-    weights = sum(size for size, _, _ in sizes)
+    weights = sum(size for size, trains, _ in sizes if trains or not trained_only)
     trained = sum(count for _, trains, count in sizes if trains)
     beside = 4 * trained * (3 if averages else 2)  # float32: two of AdamW
     needed = weights + (weights + beside if saves_checkpoints else 0)

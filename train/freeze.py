@@ -1,8 +1,9 @@
 """Which parameters train, and at which learning rate? A positive list, one owner per parameter.
 
-A part that is not named in `trainable` is frozen. Norms, biases and single vectors (the newline
-token) are excluded from weight decay by their number of dimensions, and beside them what a module's
-`no_weight_decay()` names, as timm's do: position tables, class tokens, the decays of a scan.
+A part that is not named in `trainable` is frozen; of a language model with an adapter, the adapter
+alone trains. Norms, biases and single vectors (the newline token) are excluded from weight decay by
+their number of dimensions, and beside them what a module's `no_weight_decay()` names, as timm's do:
+position tables, class tokens, the decays of a scan.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from train.layers import depths
 from train.rates import PartRates, Trainable, part_rates
+from vlm.adapters import is_adapter
 from vlm.errors import UserError
+from vlm.quantization import true_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,10 +108,13 @@ def settings(model: "nn.Module", trainable: Trainable) -> dict[str, Setting]:
         UserError: a range of layers does not fit the model.
     """
     owners = {name: owner(name) for name, _ in model.named_parameters()}
+    adapters = [name for name in owners if is_adapter(name)]
     found = {}
     for part, value in trainable.items():
         rates = part_rates(value)
         names = [name for name, of in owners.items() if of == part]
+        if part == "language_model" and adapters:
+            names = adapters
         try:
             for name, rate in _rates_by_name(model, part, rates, names).items():
                 found[name] = Setting(rate, rates.weight_decay)
@@ -167,17 +173,21 @@ def describe(model: "nn.Module", trainable: Trainable) -> Iterator[str]:
     sizes, trained = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     found = settings(model, trainable)
     for name, parameter in model.named_parameters():
-        sizes[owner(name)] += parameter.numel()
+        sizes[owner(name)] += true_size(parameter)
         trained[owner(name)] += parameter.numel() if name in found else 0
     for part, size in ((part, size) for part, size in sizes.items() if size):
-        fate = _fate(part_rates(trainable[part]), trained[part]) if part in trainable else "frozen"
+        fate = "frozen"
+        if part in trainable:
+            fate = _fate(part_rates(trainable[part]), trained[part], size)
         yield f"{part:<16} {size / 1e6:>10.3f} M parameters  {fate}"
 
 
-def _fate(rates: PartRates, trained: int) -> str:
+def _fate(rates: PartRates, trained: int, size: int) -> str:
     fate = f"trains at {rates.learning_rate:g}"
     if rates.layers is not None:
         fate += f", layers {rates.layers}: {trained / 1e6:.3f} M"
+    elif trained < size:
+        fate += f", its adapter alone: {trained / 1e6:.3f} M"
     if rates.layer_decay != 1:
         fate += f", times {rates.layer_decay:g} for every layer down"
     return fate

@@ -23,7 +23,10 @@ from train.recipe import Recipe, StageRecipe
 from vlm.done import write_flushed
 from vlm.file_hash import hash_file
 
-PACKAGES = ("vlm-suite", "torch", "transformers", "accelerate", "numpy", "pillow", "deepspeed")
+PACKAGES = (
+    *("vlm-suite", "torch", "transformers", "accelerate", "numpy", "pillow", "deepspeed"),
+    *("peft", "bitsandbytes"),
+)
 
 
 class StageManifest(TrainerCallback):
@@ -50,6 +53,8 @@ class StageManifest(TrainerCallback):
             "recipe_sha256": hash_tree(recipe.to_dict()),
             "trainable": asdict(stage)["trainable"],
             "changes": asdict(stage)["changes"],
+            "adapter": asdict(stage)["adapter"],
+            "quantization": recipe.model.quantization,
             "feature_cache": features,
             "data": hash_sources(stage.data.sources) if is_main_process() else {},
             **environment(device),

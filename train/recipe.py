@@ -13,10 +13,12 @@ from typing import Any, Literal
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
 from data_recipes.mixture import Source, load_mix, parse_sources
+from train.adapted import check_adapters, parse_adapter
 from train.features.plan import FeatureCache
 from train.freeze import PARTS
 from train.objectives import Objective, check_objectives, parse_objective, resolve_objective
 from train.rates import Change, PartRates, parse_changes, parse_trainable
+from vlm.adapters import AdapterConfig
 from vlm.errors import UserError
 from vlm.overrides import apply_overrides, parse_overrides
 from vlm.yaml_values import read_file
@@ -35,6 +37,7 @@ class ModelRecipe:
         checkpoint: a folder or id of ours to go on from, instead of the four above.
         chat_template: name of a template of ours; the tokenizer's own if None.
         dtype: what the weights are loaded as.
+        quantization: keep the frozen language model's linear layers in 4 bits (QLoRA's nf4) or 8.
     """
 
     vision_encoder: dict[str, Any] | None = None
@@ -44,6 +47,7 @@ class ModelRecipe:
     checkpoint: str | None = None
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["nf4", "int8"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,8 @@ class StageRecipe:
         changes: what trains from later steps on, see `train.rates`.
         ema: an average of the weights to keep, see `EmaRecipe`.
         data: see `DataRecipe`.
+        adapter: low-rank weights that learn in the language model's place, at its rate; see
+            `vlm.adapters.AdapterConfig`.
         objective: what it learns by, see `train.objectives`; the next token if None.
         chat_template: another template for this stage alone, such as llava_plain.
         max_length: longest row in tokens, images included; longer ones are faults, never cut.
@@ -99,6 +105,7 @@ class StageRecipe:
     data: DataRecipe
     changes: list[Change] = field(default_factory=list)
     ema: EmaRecipe | None = None
+    adapter: AdapterConfig | None = None
     objective: dict[str, Any] | None = None
     chat_template: str | None = None
     max_length: int | None = None
@@ -186,6 +193,7 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
         )
     recipe = config_from_mapping(Recipe, values, where)
     check_objectives(recipe.model, recipe.stages, where)
+    check_adapters(recipe.model, recipe.stages, where)
     if recipe.num_threads is not None and recipe.num_threads < 1:
         raise UserError(f"{where}: num_threads must be 1 or more, not {recipe.num_threads}")
     return recipe
@@ -254,6 +262,7 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
     if values.get("ema") is not None:
         given = _mapping(values["ema"], f"{where}.ema")
         values["ema"] = config_from_mapping(EmaRecipe, given, f"{where}.ema")
+    values["adapter"] = parse_adapter(values.get("adapter"), where)
     values["objective"] = resolve_objective(values.get("objective"), f"{where}.objective")
     stage = config_from_mapping(StageRecipe, values, where)
     if not stage.name or Path(stage.name).name != stage.name or stage.name.startswith("."):

@@ -8,6 +8,7 @@ deepspeed --module train RECIPE --stage align
 from pathlib import Path
 from typing import Any
 
+from train.adapted import describe_base, keeps_base, require_packages
 from train.arguments import check_arguments, training_arguments
 from train.checkpoints import newest
 from train.data import check_data
@@ -51,6 +52,7 @@ def check(recipe: Recipe, only: str | None = None) -> list[StageRecipe]:
     """
     chosen = recipe.stages if only is None else [recipe.stage(only)]
     for stage in chosen:
+        require_packages(recipe, stage)
         check_arguments(recipe, stage)
         check_data(stage, recipe.seed)
     return chosen
@@ -72,7 +74,8 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     parts = stage_parts(recipe, stage, previous, checkpoint)
     groups = freeze_stage(recipe, stage, parts.model)
     arguments = training_arguments(recipe, stage, folder)
-    check_space(folder, parts.model, arguments.save_strategy != "no", stage.ema is not None)
+    saves, on_base = arguments.save_strategy != "no", keeps_base(recipe, stage)
+    check_space(folder, parts.model, saves, stage.ema is not None, trained_only=on_base)
     steps = total_steps(arguments, step_sizes(arguments, len(parts.dataset)))
     check_steps(stage.changes, steps, f"stages.{stage.name}")
 
@@ -82,6 +85,8 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
         say(
             "\n".join([f"from step {change.at_step} on:", *describe(parts.model, change.trainable)])
         )
+    if on_base:
+        say(describe_base(parts.model))
     before = features_before(folder, checkpoint)
     found = prepare_features(recipe, stage, parts, arguments, before)
     manifest = StageManifest(folder, recipe, stage, arguments.device, found.note)

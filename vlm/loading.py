@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 import vlm.registration  # noqa: F401 - loading needs the Auto classes to know this model
 from connectors import ConnectorChoice, text_source, view_token_grid
+from vlm.adapters import merge_adapter
 from vlm.chat_templates import CHAT_TEMPLATES
 from vlm.configuration import VlmConfig
 from vlm.encoders import load_vision_encoder
@@ -26,6 +27,7 @@ from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
 from vlm.internlm2 import is_internlm2, load_internlm2
 from vlm.modeling import VlmForConditionalGeneration
+from vlm.on_base import load_trained, read_base, stands_on_base
 from vlm.processing import VlmProcessor
 from vlm.tiling import build_tiling, tiling_config
 
@@ -45,13 +47,16 @@ def load_model(
     source: str | Path,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    merged: bool = False,
 ) -> tuple[VlmForConditionalGeneration, VlmProcessor]:
     """Load a checkpoint for use: in eval mode, on a device.
 
     Args:
-        source: a folder written by `save_pretrained`, or a Hub id.
+        source: a folder written by `save_pretrained`, or a Hub id. Where it holds only what was
+            trained, its frozen weights are loaded with it, quantised as they were.
         dtype: None keeps the checkpoint's.
         device: None: a GPU if there is one.
+        merged: make a plain model of one with an adapter or quantised weights.
 
     Raises:
         UserError: the source is not a checkpoint of this suite.
@@ -62,8 +67,28 @@ def load_model(
         processor = VlmProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{source} cannot be loaded: {_first_line(error)}") from error
-    model: Any = load_weights(VlmForConditionalGeneration, source, dtype)
+    if stands_on_base(source):
+        model: Any = _load_on_base(Path(source), dtype, merged)
+    else:
+        model = load_weights(VlmForConditionalGeneration, source, dtype)
     return model.to(device).eval(), processor
+
+
+def _load_on_base(
+    source: Path, dtype: torch.dtype | str | None, merged: bool
+) -> VlmForConditionalGeneration:
+    """Return the model of a folder that holds only what was trained; see `load_model`."""
+    base = read_base(source)
+    wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    model = load_weights(VlmForConditionalGeneration, base.folder, wanted or base.dtype)
+    plain_dtype = model.dtype
+    load_trained(model, base, source, wanted, merged)
+    if not merged:
+        model.on_base = base
+        return model
+    if model._hf_peft_config_loaded:
+        merge_adapter(model)
+    return cast(Any, model).to(plain_dtype)
 
 
 def load_weights(

@@ -9,6 +9,7 @@ Surprise: with `labels`, `logits` is None, because only supervised positions rea
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from vlm.errors import UserError
 from vlm.hosts import host_shape, linear_of
 from vlm.instructions import IDS, MASK
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
+from vlm.on_base import Base, save_trained, stands_on_base
 from vlm.recurrent_lm import check_state_cache
 from vlm.state_cache import new_cache
 from vlm.token_layout import images_per_row
@@ -42,6 +44,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
     """The whole model: `VlmModel`, the language-model head, the loss and generation."""
 
     accepts_loss_kwargs = True
+    on_base: Base | None = None  # the frozen weights that it stands on, if they lie elsewhere
 
     def __init__(self, config: VlmConfig) -> None:
         """Build the architecture of `config` with random weights."""
@@ -141,6 +144,33 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
                 f"{type(language_model).__name__} does more to its logits than its head does, "
                 "which is not known here; name the rule in vlm/lm_head.py"
             )
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a whole checkpoint, as transformers does.
+
+        Raises:
+            UserError: it holds what was trained alone, which transformers would not find.
+        """
+        source = pretrained_model_name_or_path
+        if stands_on_base(source):
+            raise UserError(
+                f"{source} holds only what was trained; load it with vlm.load_model, or make "
+                f"a whole one of it: vlm merge {source} --out DIR"
+            )
+        return super().from_pretrained(source, *args, **kwargs)
+
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Write a checkpoint; of a model on a base, what was trained alone (vlm/on_base.py)."""
+        if self.on_base is None:
+            super().save_pretrained(save_directory, is_main_process, **kwargs)
+        elif is_main_process:
+            state = kwargs.get("state_dict")
+            save_trained(self, self.on_base, Path(save_directory), state)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the language model's token embedding."""

@@ -1,5 +1,6 @@
 """Is a recipe read, overridden and written back, and is every mistake in it one sentence?"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from train.arguments import check_fields, training_arguments
 from train.recipe import load_recipe, parse_recipe
+from vlm.adapters import AdapterConfig
 from vlm.cli import main
 from vlm.errors import UserError
 from vlm.yaml_values import parse_value, to_text
@@ -145,6 +147,11 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
 def test_llava_has_the_published_numbers(monkeypatch):
     monkeypatch.chdir(ROOT)
     align, instruct = load_recipe("train/recipes/llava-1.5-7b.yaml").stages
+    same, lora = load_recipe("train/recipes/llava-1.5-7b-lora.yaml").stages
+    assert same == align
+    rates, adapter = {"connector": 2e-5, "language_model": 2e-4}, AdapterConfig()
+    assert lora == replace(instruct, trainable=rates, adapter=adapter)
+    assert (adapter.rank, adapter.alpha, adapter.dropout) == (128, 256, 0.05)
     assert align.trainable == {"connector": 1e-3}
     assert instruct.trainable == {"connector": 2e-5, "language_model": 2e-5}
     for stage, batch in ((align, 32), (instruct, 16)):

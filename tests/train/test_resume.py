@@ -50,7 +50,8 @@ def read_manifest(folder):
 def long_tree(tree, tmp_path, make_language_model):
     """Dropout in the language model, workers, accumulation, several epochs: all must come back."""
     folder = tmp_path / "dropout"
-    make_language_model(attention_dropout=0.1).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    make_language_model(attention_dropout=0.1, **sizes).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(tree["model"]["language_model"]) / name, folder)
     tree["model"]["language_model"] = str(folder)
@@ -68,7 +69,13 @@ def long_tree(tree, tmp_path, make_language_model):
 
 
 @pytest.mark.slow
-def test_killed_run_equals_one_left_alone(long_tree, write_recipe, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["in full", "adapter", "adapter on nf4"])
+def test_killed_run_equals_one_left_alone(long_tree, write_recipe, tmp_path, capsys, kind):
+    if kind == "adapter on nf4":
+        pytest.importorskip("bitsandbytes")
+        long_tree["model"]["quantization"] = "nf4"
+    if kind != "in full":
+        long_tree["stages"][0]["adapter"] = {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.1}
     recipe = write_recipe(long_tree)
     whole, cut = tmp_path / "whole" / "instruct", tmp_path / "cut" / "instruct"
     assert main(["train", str(recipe), "--output_dir", str(whole.parent)]) == 0
@@ -82,7 +89,8 @@ def test_killed_run_equals_one_left_alone(long_tree, write_recipe, tmp_path, cap
     assert "going on from" in capsys.readouterr().out
     assert losses(cut) == losses(whole)
     assert len(losses(whole)) > 15
-    weights = [(run / "model.safetensors").read_bytes() for run in (cut, whole)]
+    name = "model.safetensors" if kind == "in full" else "adapter_model.safetensors"
+    weights = [(run / name).read_bytes() for run in (cut, whole)]
     assert weights[0] == weights[1]
     manifests = [read_manifest(run) for run in (cut, whole)]
     expected = {"main": {"seen": 160, "skipped": 0}}

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from train.adapted import keeps_base
 from train.features.plan import Demand, saved_share
 from train.objectives import NextToken
 from train.planning.advice import Advice, advise
@@ -149,6 +150,11 @@ def make_plan(recipe: Recipe, options: Options, only: str | None = None) -> Plan
     planned = [stage for stage in chosen if isinstance(stage.aim, NextToken)]
     if not planned:
         raise UserError("no stage trains a language model, and only such stages can be planned")
+    if beside := [stage.name for stage in planned if keeps_base(recipe, stage)]:
+        raise UserError(
+            f"stages.{beside[0]}: an adapter or quantised weights cannot be planned yet; plan it "
+            f"in full: --stages.{beside[0]}.adapter null --model.quantization null"
+        )
     skeleton = build_skeleton(recipe.model, options.attention)
     stages = [plan_stage(recipe, stage, skeleton, options) for stage in planned]
     return Plan(
