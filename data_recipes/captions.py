@@ -13,30 +13,32 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from data_recipes.dataset import ConversationDataset, Skipped, image_root
-from data_recipes.records import IMAGE_PLACEHOLDER, Record, to_messages
+from data_recipes.image_files import ImageFile, Inside, load, locate
+from data_recipes.record_forms import IMAGE_PLACEHOLDER, TURN_KEYS
+from data_recipes.records import Record, to_messages
 from vlm.errors import UserError
-from vlm.images import load_image
 
 DRAWS = 3  # tells these random numbers from the mixture's (0, 1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """A picture's path as written, its caption, and the record's id; empty if it has none."""
+    """A picture as the record has it, its caption, and the record's id; empty if it has none."""
 
     id: str
-    image: str
+    image: str | Inside
     text: str
 
     @property
-    def images(self) -> tuple[str, ...]:
-        """The one path, as `Record` has its."""
+    def images(self) -> tuple[str | Inside, ...]:
+        """The one picture, as `Record` has its."""
         return (self.image,)
 
 
@@ -64,7 +66,7 @@ def _as_conversation(raw: Any, where: object) -> Any:
     """Return a record with a caption as a conversation; any other as it is."""
     if not isinstance(raw, Mapping) or "caption" not in raw:
         return raw
-    if "conversations" in raw:
+    if any(raw.get(key) is not None for key in TURN_KEYS if key != "caption"):
         raise UserError(f"{where}: a record has a caption or conversations, this has both")
     turns = [
         {"role": "user", "content": IMAGE_PLACEHOLDER},
@@ -104,16 +106,16 @@ class CaptionDataset(ConversationDataset):
         """Return record `row` of source `number`: tensors, numbers of picture and caption, id."""
         index, source = self.indexes[number], self.mixture.sources[number]
         caption = to_caption(index[row], index.place(row))
-        path = image_root(source) / caption.image
+        file = locate(caption.image, image_root(source))
         assert self.max_length is not None, "the Q-Former's positions, if nothing else"
         try:
-            encoded = self.processor.encode(load_image(path), caption.text, self.max_length)
+            encoded = self.processor.encode(load(file), caption.text, self.max_length)
         except UserError as error:
             name = f" (id {caption.id!r})" if caption.id else ""
             raise UserError(f"{index.where(row)}{name}: {error}") from error
         return {
             **encoded,
-            "picture": _number(str(path.resolve()).encode()),
+            "picture": _number(_identity(file).encode()),
             "caption": _number(encoded["input_ids"].numpy().tobytes()),
             "record_id": caption.id or f"{source.name}[{row}]",
         }
@@ -139,6 +141,13 @@ class CaptionDataset(ConversationDataset):
                 yield to_caption(index[row], index.place(row)).text
             except UserError:
                 continue
+
+
+def _identity(file: ImageFile) -> str:
+    """Return what a picture's file is known by, however it is written."""
+    if isinstance(file, Inside):
+        return f"{Path(file.path).resolve()}\0{file.key}"
+    return str(Path(file).resolve())
 
 
 def _number(content: bytes) -> int:

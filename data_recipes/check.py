@@ -39,7 +39,7 @@ class Faults:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what to check and how closely."""
-    parser.add_argument("data", metavar="FILE_OR_MIX", help="JSON, JSONL, or a mix's YAML")
+    parser.add_argument("data", metavar="FILE_OR_MIX", help="JSON, JSONL, parquet, tars, or a mix")
     parser.add_argument("--image-root", default="", help="folder of image paths, for a file")
     parser.add_argument("--decode", action="store_true", help="also decode every image (slow)")
     parser.add_argument(
@@ -77,12 +77,12 @@ def check_source(
 
     from data_recipes.captions import to_caption
     from data_recipes.dataset import image_root
-    from data_recipes.index import RecordIndex
+    from data_recipes.image_files import is_missing, load, locate
+    from data_recipes.readers import open_records
     from data_recipes.records import to_messages
-    from vlm.images import load_image
 
     read = to_caption if captions else to_messages
-    index, root, faults = RecordIndex(source.path), image_root(source), Faults()
+    index, root, faults = open_records(source.path), image_root(source), Faults()
     faults.num_records = len(index)
     for row in tqdm(range(len(index)), desc=source.name, unit="record", leave=False):
         try:
@@ -92,11 +92,12 @@ def check_source(
             faults.add(str(error), examples)
             continue
         for image in record.images:
+            file = locate(image, root)
             try:
                 if decode:
-                    load_image(root / image)
-                elif not (root / image).is_file():
-                    raise UserError(f"{root / image}: no such image file")
+                    load(file)
+                elif is_missing(file):
+                    raise UserError(f"{file}: no such image file")
             except UserError as error:
                 faults.add(f"{index.where(row)} (id {record.id!r}): {error}", examples)
                 break

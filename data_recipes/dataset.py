@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import Dataset
 
 from data_recipes.feature_store import FeatureStore
-from data_recipes.index import RecordIndex
+from data_recipes.image_files import ImageFile, load, locate, size_of
 from data_recipes.mixture import Mixture, Source
 from data_recipes.pictures import Shown, stored_features
+from data_recipes.readers import data_files, open_records
 from data_recipes.records import Record, to_messages
 from vlm.errors import UserError
-from vlm.images import image_size, load_image
 
 IGNORED = -100  # the label of a token that is not supervised
 OnError = Literal["raise", "skip"]
@@ -60,7 +60,7 @@ class ConversationDataset(Dataset):
         on_error: OnError = "raise",
         max_length: int | None = None,
     ) -> None:
-        self.indexes = [RecordIndex(source.path) for source in sources]
+        self.indexes = [open_records(source.path) for source in sources]
         self.mixture = Mixture(sources, [len(index) for index in self.indexes], seed)
         self.processor = processor
         self.on_error = on_error
@@ -96,20 +96,23 @@ class ConversationDataset(Dataset):
         A record that cannot be used has 0; the fault is told when the record is asked for.
         """
         number, row = self.mixture.locate(position)
-        root = image_root(self.mixture.sources[number])
         try:
             record = self.record(number, row)
-            sizes = [image_size(root / path) for path in record.images]
+            sizes = [size_of(file) for file in self.files(record, number)]
             return self.processor.num_tokens(record.messages, sizes)
         except UserError:
             return 0
 
+    def files(self, record: Record, number: int) -> list[ImageFile]:
+        """Return where the pictures of a record of source `number` are."""
+        root = image_root(self.mixture.sources[number])
+        return [locate(image, root) for image in record.images]
+
     def encode(self, number: int, row: int) -> dict[str, Any]:
         """Return record `row` of source `number` as model inputs with labels."""
         record, index = self.record(number, row), self.indexes[number]
-        root = image_root(self.mixture.sources[number])
         try:
-            encoded = self._encode(record.messages, [root / path for path in record.images])
+            encoded = self._encode(record.messages, self.files(record, number))
         except UserError as error:
             name = f" (id {record.id!r})" if record.id else ""
             raise UserError(f"{index.where(row)}{name}: {error}") from error
@@ -121,13 +124,13 @@ class ConversationDataset(Dataset):
         record_id = record.id or f"{self.mixture.sources[number].name}[{row}]"
         return {**encoded, "record_id": record_id}
 
-    def _encode(self, messages: list[dict[str, Any]], paths: list[Path]) -> dict[str, Any]:
+    def _encode(self, messages: list[dict[str, Any]], files: list[ImageFile]) -> dict[str, Any]:
         """Return a conversation with its pictures, or their features, as model inputs."""
         options = {"supervise": True, "max_length": self.max_length}
-        if self.features is None or not paths:
-            images = [load_image(path) for path in paths]
+        if self.features is None or not files:
+            images = [load(file) for file in files]
             return self.processor.encode(messages, images, **options)
-        sizes, maps = stored_features(paths, self.processor.image_processor, self.features)
+        sizes, maps = stored_features(files, self.processor.image_processor, self.features)
         encoded = self.processor.encode(messages, sizes=sizes, **options)
         return {**encoded, "vision_features": maps}
 
@@ -139,19 +142,18 @@ class ConversationDataset(Dataset):
         shown: dict[Shown, int] = {}
         for (number, row), times in self.mixture.times_seen(spans).items():
             try:
-                paths = self.record(number, row).images
+                files = self.files(self.record(number, row), number)
             except UserError:
                 continue
-            root = image_root(self.mixture.sources[number])
-            for path in paths:
-                key = Shown(str(root / path), len(paths))
+            for file in files:
+                key = Shown(file, len(files))
                 shown[key] = shown.get(key, 0) + times
         return shown
 
 
 def image_root(source: Source) -> Path:
     """Return the folder that a source's image paths are relative to."""
-    return Path(source.image_root) if source.image_root else Path(source.path).parent
+    return Path(source.image_root) if source.image_root else data_files(source.path)[0].parent
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.images import image_size
+from data_recipes.image_files import ImageFile, Inside, read, size_of
 from vlm.tiling import Size
 
 KEY_BYTES = 16
@@ -87,14 +87,17 @@ def content_of(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
 
 
-def state_of(path: Path) -> bytes:
+def state_of(file: ImageFile) -> bytes:
     """Return a key that changes when a file is written, replaced or moved; its bytes are not read.
 
     Raises:
         OSError: there is no such file.
     """
-    status = path.stat()
+    path = file.path if isinstance(file, Inside) else file
+    status = os.stat(path)
     state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    if isinstance(file, Inside):
+        state += file.key
     return content_of(f"{os.path.abspath(path)}\0{state}".encode())
 
 
@@ -141,26 +144,26 @@ class FeatureStore:
             self._shards.append(mapped)
         return records[whole]
 
-    def known(self, path: Path) -> Picture | None:
+    def known(self, file: ImageFile) -> Picture | None:
         """Return the picture of a file whose state is known, without reading the file.
 
         Raises:
             OSError: there is no such file.
         """
-        place = self._files.find(state_of(path))
+        place = self._files.find(state_of(file))
         if place is None:
             return None
         row = self._files.rows[place]
         return Picture(row["picture"].tobytes(), (int(row["width"]), int(row["height"])))
 
-    def identify(self, path: Path) -> Picture:
+    def identify(self, file: ImageFile) -> Picture:
         """Return the picture of a file; its bytes are read where its state is not known.
 
         Raises:
             OSError: there is no such file.
             UserError: it is no picture.
         """
-        return self.known(path) or Picture(content_of(path.read_bytes()), image_size(path))
+        return self.known(file) or Picture(content_of(read(file)), size_of(file))
 
     def has(self, picture: Picture, grid: Size) -> bool:
         """Return whether the features of a picture cut into (rows, cols) are here."""

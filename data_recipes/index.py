@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ SAMPLE_BYTES = 1 << 16
 class Place:
     """A record's file and line, turned into text only when somebody asks."""
 
-    index: "RecordIndex"
+    where: Callable[[int], str]
     row: int
 
     def __str__(self) -> str:
-        return self.index.where(self.row)
+        return self.where(self.row)
 
 
 class RecordIndex:
@@ -49,7 +50,7 @@ class RecordIndex:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
-        found = load_or_build(self.path)
+        found = load_or_build(self.path, scan)
         self._offsets, self._one_per_line = found.offsets, found.one_per_line
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class RecordIndex:
         try:
             text = self._bytes[start:end].decode("utf-8")
             value, stop = _DECODER.raw_decode(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.where(row)}: broken JSON ({error})") from error
         if rest := text[stop:].strip().rstrip(",]").strip():
             raise UserError(
@@ -88,20 +89,20 @@ class RecordIndex:
 
     def place(self, row: int) -> Place:
         """Return `where(row)` as an object that computes its text late."""
-        return Place(self, row)
+        return Place(self.where, row)
 
 
 _DECODER = json.JSONDecoder()
 
 
-def load_or_build(path: Path) -> Scan:
+def load_or_build(path: Path, scan_file: Callable[[Path], Scan]) -> Scan:
     """Return the offsets of `path`, from the first cache that has them, else from a scan."""
     digest = fingerprint(path)
     candidates = [path.with_name(f".{path.name}.index"), _user_cache(path)]
     for candidate in candidates:
         if (known := _read(candidate, digest)) is not None:
             return known
-    found = scan(path)
+    found = scan_file(path)
     for candidate in candidates:
         if _write(candidate, digest, found):
             break

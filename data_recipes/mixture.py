@@ -139,25 +139,27 @@ class Mixture:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """Return one epoch as codes: source number in the high bits, row in the low 40."""
         if epoch != self._epoch:
-            parts = [
-                self._draw(number, epoch * count, count) | (number << 40)
-                for number, count in enumerate(self.counts)
-            ]
-            shuffle = np.random.default_rng([self.seed, 2, epoch]).permutation(len(self))
-            self._order = np.concatenate(parts)[shuffle]
-            self._epoch = epoch
+            self._order = np.zeros(0, dtype=np.int64)  # two epochs need not be held at once
+            order, filled = np.empty(len(self), dtype=np.int64), 0
+            for number, count in enumerate(self.counts):
+                own = order[filled : filled + count]
+                self._draw(number, epoch * count, own)
+                own |= number << 40
+                filled += count
+            np.random.default_rng([self.seed, 2, epoch]).shuffle(order)
+            self._order, self._epoch = order, epoch
         return self._order
 
-    def _draw(self, number: int, start: int, count: int) -> np.ndarray:
-        """Return entries [start, start + count) of source `number`'s endless sequence of rows."""
-        rows = self._selected[number]
-        first, last = start // len(rows), (start + count - 1) // len(rows)
-        rounds = [
-            np.random.default_rng([self.seed, 1, number, cycle]).permutation(rows)
-            for cycle in range(first, last + 1)
-        ]
-        offset = start - first * len(rows)
-        return np.concatenate(rounds)[offset : offset + count]
+    def _draw(self, number: int, start: int, drawn: np.ndarray) -> None:
+        """Fill `drawn` with what source `number`'s endless sequence of rows has from `start` on."""
+        filled = 0
+        while filled < len(drawn):
+            rows = np.array(self._selected[number], dtype=np.int64)
+            cycle, offset = divmod(start + filled, len(rows))
+            np.random.default_rng([self.seed, 1, number, cycle]).shuffle(rows)
+            piece = rows[offset : offset + len(drawn) - filled]
+            drawn[filled : filled + len(piece)] = piece
+            filled += len(piece)
 
 
 def load_mix(path: str | Path) -> list[Source]:
@@ -203,14 +205,14 @@ def _check_sources(sources: Sequence[Source]) -> None:
         )
 
 
-def _select(source: Source, num_records: int, seed: int, number: int) -> np.ndarray:
+def _select(source: Source, num_records: int, seed: int, number: int) -> range | np.ndarray:
     """Return the row numbers the cap keeps, in file order."""
     count = source.num_selected(num_records)
     if source.take == "end":
-        return np.arange(num_records - count, num_records)
-    if source.take == "random":
+        return range(num_records - count, num_records)
+    if source.take == "random" and count < num_records:
         return np.sort(np.random.default_rng([seed, 0, number]).permutation(num_records)[:count])
-    return np.arange(count)
+    return range(count)
 
 
 def _epoch_counts(sources: Sequence[Source], selected: Sequence[int]) -> list[int]:

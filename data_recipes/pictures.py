@@ -5,13 +5,13 @@ Shapes: T views, S view size, H W feature grid, D encoder width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from data_recipes.feature_store import FeatureStore, Picture, content_of, state_of
+from data_recipes.image_files import ImageFile, load, read
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
 from vlm.images import image_size, load_image
@@ -22,7 +22,7 @@ from vlm.tiling import Size
 class Shown:
     """A picture in a conversation of `siblings` pictures, itself among them."""
 
-    path: str
+    file: ImageFile
     siblings: int
 
 
@@ -53,14 +53,14 @@ class PictureViews(Dataset):
         return len(self.shown)
 
     def __getitem__(self, number: int) -> Views | None:
-        path, siblings = Path(self.shown[number].path), self.shown[number].siblings
+        file, siblings = self.shown[number].file, self.shown[number].siblings
         try:
-            state, data = state_of(path), path.read_bytes()
-            picture = Picture(content_of(data), image_size(path))
+            state, data = state_of(file), read(file)
+            picture = Picture(content_of(data), image_size(data, str(file)))
             grid = self.image_processor.plan(picture.size, siblings).grid
             if self.store.has(picture, grid):
                 return Views(picture, state, grid, None)
-            views = self.image_processor.views(load_image(data, name=str(path)), siblings)
+            views = self.image_processor.views(load_image(data, name=str(file)), siblings)
         except (OSError, UserError):
             return None
         return Views(picture, state, grid, self.image_processor.normalize(views))
@@ -69,7 +69,7 @@ class PictureViews(Dataset):
 def is_stored(shown: Shown, image_processor: VlmImageProcessor, store: FeatureStore) -> bool:
     """Return whether a file's state is known and the features of its picture are stored."""
     try:
-        picture = store.known(Path(shown.path))
+        picture = store.known(shown.file)
     except OSError:
         return False
     return picture is not None and store.has(
@@ -78,7 +78,7 @@ def is_stored(shown: Shown, image_processor: VlmImageProcessor, store: FeatureSt
 
 
 def stored_features(
-    paths: Sequence[Path], image_processor: VlmImageProcessor, store: FeatureStore
+    files: Sequence[ImageFile], image_processor: VlmImageProcessor, store: FeatureStore
 ) -> tuple[list[Size], list[Tensor]]:
     """Return (width, height) of one conversation's pictures, and their maps (T, H, W, D) joined.
 
@@ -86,17 +86,17 @@ def stored_features(
         UserError: a picture is not stored: it cannot be read, or was changed meanwhile.
     """
     sizes, maps = [], []
-    for path in paths:
+    for file in files:
         try:
-            picture = store.identify(path)
+            picture = store.identify(file)
         except OSError:
-            load_image(path)  # says what is wrong
+            load(file)  # says what is wrong
             raise
-        found = store.features(picture, image_processor.plan(picture.size, len(paths)).grid)
+        found = store.features(picture, image_processor.plan(picture.size, len(files)).grid)
         if found is None:
-            load_image(path)
+            load(file)
             raise UserError(
-                f"image {path} was changed after its features had been stored; "
+                f"image {file} was changed after its features had been stored; "
                 "the same command stores them and goes on"
             )
         sizes.append(picture.size)

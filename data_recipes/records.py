@@ -3,7 +3,8 @@
     {"id": "7", "image": "a.png" | ["a.png", "b.png"] | absent, "conversations": [
         {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
-Turns may use `role`/`content` and `user`/`assistant` instead, and the first may be a system turn.
+Turns may use `role`/`content` and `user`/`assistant` instead, and the first may be a system turn;
+what other suites write is read as this first (see record_forms.py).
 Rules, all strict, because each was a silent loss somewhere (LLaVA, LLaVA-NeXT, InternVL, Cambrian):
 
 - as many `<image>` placeholders as images, all of them in user turns, also when there is one image;
@@ -16,14 +17,14 @@ that says `image_position: first` gets the LLaVA-NeXT form of that rule, and nob
 `image_position: none` the pictures are left out and the text stays: the data of a blind baseline.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data_recipes.image_files import Inside
+from data_recipes.record_forms import IMAGE_PLACEHOLDER, pictures_and_turns, show
 from vlm.errors import UserError
 
-IMAGE_PLACEHOLDER = "<image>"
 ROLES: dict[str, str] = {
     "human": "user",
     "user": "user",
@@ -40,12 +41,12 @@ class Record:
 
     Attributes:
         id: the record's own id; empty if it has none.
-        images: paths as written, in the order of their placeholders.
+        images: paths as written, or pictures inside the file, in the order of their placeholders.
         messages: chat messages; `content` is a list of image and text entries.
     """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[str | Inside, ...]
     messages: list[dict[str, Any]]
 
 
@@ -76,12 +77,11 @@ def to_messages(raw: Any, where: object, image_position: ImagePosition = "as_wri
         UserError: the record breaks one of the rules above; the sentence names place and id.
     """
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where}: a record must be a JSON object, this is {_show(raw)}")
+        raise UserError(f"{where}: a record must be a JSON object, this is {show(raw)}")
     name = _Name(where, raw.get("id"))
-    if raw.get("video"):
-        raise UserError(f"{name}: videos cannot be trained on yet; remove this record")
-    images = _images(raw.get("image"), name)
-    turns = _turns(raw, name)
+    pictures, conversation = pictures_and_turns(raw, name)
+    images = _images(pictures, name)
+    turns = _turns(conversation, raw, name)
     _check_placeholders(turns, len(images), name)
     placed = [(role, _place(text, image_position)) for role, text in turns]
     if not all(text for _, text in placed):
@@ -102,20 +102,19 @@ def split_placeholders(text: str) -> list[dict[str, str]]:
     return entries
 
 
-def _images(value: Any, name: _Name) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise UserError(f"{name}: 'image' must be a path or a list of paths, not {_show(value)}")
-    return tuple(paths)
+def _images(pictures: list[Any], name: _Name) -> tuple[str | Inside, ...]:
+    for picture in pictures:
+        if not isinstance(picture, (str, Inside)) or not picture:
+            raise UserError(
+                f"{name}: 'image' must be a path or a list of paths, not {show(picture)}"
+            )
+    return tuple(pictures)
 
 
-def _turns(raw: Mapping, name: _Name) -> list[tuple[str, str]]:
+def _turns(conversation: Any, raw: Mapping, name: _Name) -> list[tuple[str, str]]:
     """Return (role, text) of every turn, checked for role, emptiness and order."""
-    if "conversations" not in raw:
+    if conversation is None:
         raise UserError(f"{name}: the key 'conversations' is missing; it has {sorted(raw)}")
-    conversation = raw["conversations"]
     if not isinstance(conversation, list) or not conversation:
         raise UserError(
             f"{name}: 'conversations' must be a list with at least one question and answer"
@@ -136,7 +135,7 @@ def _turns(raw: Mapping, name: _Name) -> list[tuple[str, str]]:
 
 def _turn(turn: Any, number: int, name: _Name) -> tuple[str, str]:
     if not isinstance(turn, Mapping):
-        raise UserError(f"{name}: turn {number} must be a JSON object, this is {_show(turn)}")
+        raise UserError(f"{name}: turn {number} must be a JSON object, this is {show(turn)}")
     keys = ("role", "content") if "role" in turn else ("from", "value")
     for key in keys:
         if key not in turn:
@@ -144,10 +143,10 @@ def _turn(turn: Any, number: int, name: _Name) -> tuple[str, str]:
     role, text = turn[keys[0]], turn[keys[1]]
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(
-            f"{name}: turn {number} has role {_show(role)}; use one of {', '.join(ROLES)}"
+            f"{name}: turn {number} has role {show(role)}; use one of {', '.join(ROLES)}"
         )
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{name}: turn {number} must have some text, not {_show(text)}")
+        raise UserError(f"{name}: turn {number} must have some text, not {show(text)}")
     return ROLES[role], text
 
 
@@ -173,8 +172,3 @@ def _place(text: str, image_position: ImagePosition) -> str:
     if image_position == "as_written" or text.count(IMAGE_PLACEHOLDER) != 1:
         return text
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

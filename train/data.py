@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.dataset import ConversationDataset, Skipped, image_root
-from data_recipes.index import RecordIndex
 from data_recipes.mixture import Mixture, Source
+from data_recipes.readers import open_records
 from train.objectives import QFormerStage1
 from train.recipe import StageRecipe
 from vlm.errors import UserError
@@ -29,7 +29,7 @@ def check_data(stage: StageRecipe, seed: int) -> None:
 def _check_sources(sources: Sequence[Source], where: str, seed: int) -> None:
     """Open every file of some sources; `where` names them in errors."""
     try:
-        lengths = [len(RecordIndex(source.path)) for source in sources]
+        lengths = [len(open_records(source.path)) for source in sources]
         Mixture(sources, lengths, seed)
         for source in sources:
             if not image_root(source).is_dir():

@@ -18,10 +18,11 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from data_recipes.mixture import Source
+from data_recipes.readers import data_files
 from train.process import is_main_process
 from train.recipe import Recipe, StageRecipe
 from vlm.done import write_flushed
-from vlm.file_hash import hash_file
+from vlm.file_hash import WHOLE_HASH_BYTES, hash_file
 
 PACKAGES = (
     *("vlm-suite", "torch", "transformers", "accelerate", "numpy", "pillow", "deepspeed"),
@@ -105,8 +106,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def hash_sources(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
-    """Return path, size and hash of every data file, by source."""
-    return {source.name: hash_file(Path(source.path)) for source in sources}
+    """Return path, size and hash of every data file, by source; of several files, by file too."""
+    return {source.name: _hash_data(source) for source in sources}
+
+
+def _hash_data(source: Source) -> dict[str, Any]:
+    paths = data_files(source.path)
+    files = [hash_file(path, WHOLE_HASH_BYTES // len(paths)) for path in paths]
+    return files[0] if len(files) == 1 else {"path": source.path, "files": files}
 
 
 def hash_tree(tree: Any) -> str:

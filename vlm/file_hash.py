@@ -9,11 +9,11 @@ SAMPLE_BYTES = 1 << 20
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
-def hash_file(path: Path) -> dict[str, Any]:
-    """Return a file's path, size and hash."""
+def hash_file(path: Path, whole_bytes: int = WHOLE_HASH_BYTES) -> dict[str, Any]:
+    """Return a file's path, size and hash; of one larger than `whole_bytes`, that of its ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= WHOLE_HASH_BYTES:
+        if size <= max(whole_bytes, 2 * SAMPLE_BYTES):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"path": str(path), "bytes": size, "sha256": digest}
         sample = hashlib.sha256(file.read(SAMPLE_BYTES))

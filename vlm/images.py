@@ -34,15 +34,20 @@ _DECODE_ERRORS = (
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
-def image_size(source: str | Path) -> tuple[int, int]:
+def image_size(source: str | Path | bytes, name: str | None = None) -> tuple[int, int]:
     """Return (width, height) of what `load_image` gives for a file, from the header alone.
+
+    Args:
+        source: a file, or the bytes of one.
+        name: how errors call bytes.
 
     Raises:
         UserError: the file is missing, empty, not an image, or too large.
     """
-    with _told(str(source), MAX_PIXELS):
+    label = name or (_label(source) if isinstance(source, bytes) else str(source))
+    with _told(label, MAX_PIXELS):
         image = _open(source)
-        _check_size(image, MAX_PIXELS, str(source))
+        _check_size(image, MAX_PIXELS, label)
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # 90 degrees, mirrored too
         return (height, width) if turned else (width, height)

@@ -1,7 +1,11 @@
 """Do records become model inputs, and are bad ones named, or skipped but not replaced?"""
 
 import json
+import tarfile
+from io import BytesIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -9,7 +13,7 @@ from data_recipes.dataset import IGNORED, Collator, ConversationDataset, Skipped
 from data_recipes.feature_store import FeatureStore, Layout
 from data_recipes.feature_writer import FeatureWriter
 from data_recipes.mixture import Source
-from data_recipes.pictures import PictureViews, Shown
+from data_recipes.pictures import PictureViews, Shown, is_stored
 from vlm.errors import UserError
 
 
@@ -112,6 +116,66 @@ def test_programming_errors_are_not_skipped(make_dataset, monkeypatch):
     monkeypatch.setattr(dataset.processor, "encode", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dataset[0]
+
+
+def embed(form, rows, folder):
+    """Write the rows, and 0.png with each that shows it, as one file of a form; return its path."""
+    picture = (folder / "0.png").read_bytes()
+    if form == "parquet":
+        images = [
+            {"image": {"bytes": picture, "path": "0.png"} if "image" in r else None} for r in rows
+        ]
+        table = pa.Table.from_pylist([r | image for r, image in zip(rows, images, strict=True)])
+        pq.write_table(table, folder / "in.parquet", row_group_size=2)
+        return folder / "in.parquet"
+    with tarfile.open(folder / "in.tar", "w") as tar:
+        for number, item in enumerate(rows):
+            parts = {
+                "json": json.dumps(item | ({"image": "png"} if "image" in item else {})).encode()
+            }
+            for suffix, data in (parts | ({"png": picture} if "image" in item else {})).items():
+                info = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    return folder / "in.tar"
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_pictures_inside_the_file_are_those_outside(make_dataset, tmp_path, form):
+    rows = [row(0), row(1, image=None), row(2)]
+    outside = make_dataset(rows)
+    sources = [Source(name="s", path=str(embed(form, rows, tmp_path)))]
+    inside = ConversationDataset(sources, outside.processor)
+    loader = torch.utils.data.DataLoader(inside, batch_size=None, num_workers=1)
+    for position, item in enumerate(loader):
+        expected = outside[position]
+        assert item.pop("record_id") == expected.pop("record_id")
+        assert item.keys() == expected.keys()
+        assert all(torch.equal(item[key], expected[key]) for key in item)
+        assert inside.num_tokens(position) == outside.num_tokens(position) == len(item["labels"])
+    assert sorted(inside.pictures([(0, 3)]).values()) == [1, 1]
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_features_of_pictures_inside_the_file(make_dataset, tmp_path, form):
+    rows = [row(0)]
+    dataset = make_dataset(rows)
+    dataset = ConversationDataset(
+        [Source(name="s", path=str(embed(form, rows, tmp_path)))], dataset.processor
+    )
+    layout = Layout(((4, 4, 24),), (torch.float32,))
+    folder, image_processor = tmp_path / "store", dataset.processor.image_processor
+    folder.mkdir()
+    (shown,) = dataset.pictures([(0, 1)])
+    nothing = FeatureStore(folder, layout)
+    assert not is_stored(shown, image_processor, nothing)
+    view = PictureViews([shown], image_processor, nothing)[0]
+    with FeatureWriter(folder, layout, 10**9) as writer:
+        writer.note(view.state, view.picture)
+        writer.add(view.picture, view.grid, [torch.ones(1, 4, 4, 24)])
+    dataset.features = FeatureStore(folder, layout)
+    assert is_stored(shown, image_processor, dataset.features)
+    assert dataset[0]["vision_features"][0].shape == (1, 4, 4, 24)
 
 
 def test_features_stand_in_place_of_pictures_also_where_there_are_none(make_dataset, tmp_path):

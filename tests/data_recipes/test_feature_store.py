@@ -144,7 +144,7 @@ def processor(make_model):
 
 def store_files(folder, paths, processor):
     """Store zeros as the features of files' pictures; return the opened store."""
-    views = PictureViews([Shown(str(path), 1) for path in paths], processor, reopen(folder))
+    views = PictureViews([Shown(path, 1) for path in paths], processor, reopen(folder))
     with FeatureWriter(folder, LAYOUT, 10**9) as writer:
         for item in map(views.__getitem__, range(len(views))):
             writer.note(item.state, item.picture)

@@ -164,7 +164,7 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def build(path):
-    return load_or_build(path).offsets.tolist()
+    return load_or_build(path, scan).offsets.tolist()
 
 
 def test_two_processes_at_once(tmp_path):

@@ -1,0 +1,128 @@
+"""How do other suites write the same record? Their keys, told apart here, as turns and pictures.
+
+    pictures  `image`: a path, a list of paths, or MiniCPM's {"<image_00>": path}; `images`
+              (ms-swift, nanoVLM)
+    turns     `conversations` (LLaVA, InternVL, MiniCPM), `messages` (ms-swift, OpenAI), or
+              `texts`: [{"user": ..., "assistant": ...}] (nanoVLM, FineVision)
+    a turn    {"from", "value"} or {"role", "content"}; a content is text, or a list of entries
+              {"type": "text", "text": ...}, {"type": "image"}, {"type": "image", "image": path} and
+              {"type": "image_url", "image_url": {"url": path}}
+
+A picture that an entry brings with it comes where the entry stands. What means something that is
+not done yet (videos, sounds, boxes) is refused, not ignored; other keys are ignored.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vlm.errors import UserError
+
+IMAGE_PLACEHOLDER = "<image>"
+PICTURE_KEYS = ("image", "images")
+TURN_KEYS = ("conversations", "messages", "texts", "caption")
+IMAGE_PLACEHOLDER = "<image>"
+REFUSED = {
+    "video": "videos cannot be trained on yet",
+    "videos": "videos cannot be trained on yet",
+    "audios": "sounds cannot be trained on",
+    "objects": "boxes in 'objects' are not written into the text; write them there",
+}
+KEYS = ("id", *PICTURE_KEYS, *TURN_KEYS, *REFUSED)
+TAG = re.compile(r"<image_\d+>")
+
+
+def pictures_and_turns(raw: Mapping, name: object) -> tuple[list[Any], Any]:
+    """Return a record's pictures and turns, each as LLaVA writes them.
+
+    Args:
+        raw: the record.
+        name: what errors call it.
+
+    Returns:
+        Paths, or whatever stands for pictures; and the turns, of which only what had to be read
+        was checked.
+
+    Raises:
+        UserError: two keys for one thing, or something that cannot be trained on.
+    """
+    for key, why in REFUSED.items():
+        if raw.get(key):
+            raise UserError(f"{name}: {why}; remove this record")
+    images = _only(raw, PICTURE_KEYS, name)
+    turns = _only(raw, TURN_KEYS[:3], name)
+    if isinstance(turns, list):
+        if raw.get("texts"):
+            turns = [turn for pair in turns for turn in _pair(pair, name)]
+        if isinstance(images, Mapping):
+            images, turns = _tagged(images, turns, name)
+        brought: list[Any] = []
+        turns = [_joined(turn, brought, name) for turn in turns]
+        if brought and images:
+            raise UserError(f"{name}: its pictures stand in its turns and beside them; choose one")
+        images = brought or images
+    if images is None:
+        return [], turns
+    return (images if isinstance(images, list) else [images]), turns
+
+
+def show(value: Any) -> str:
+    """Return a value for a sentence, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _only(raw: Mapping, keys: tuple[str, ...], name: object) -> Any:
+    """Return the value of the one key that is there, None where none is."""
+    given = [key for key in keys if raw.get(key) is not None]
+    if len(given) > 1:
+        raise UserError(f"{name}: has {given[0]!r} and {given[1]!r}, which mean the same; keep one")
+    return raw[given[0]] if given else None
+
+
+def _pair(pair: Any, name: object) -> list[dict[str, Any]]:
+    """Return a question and its answer as two turns."""
+    if not isinstance(pair, Mapping) or not {"user", "assistant"} <= set(pair):
+        raise UserError(f"{name}: an entry of 'texts' needs 'user' and 'assistant': {show(pair)}")
+    return [{"role": role, "content": pair[role]} for role in ("user", "assistant")]
+
+
+def _tagged(images: Mapping, turns: list[Any], name: object) -> tuple[list[Any], list[Any]]:
+    """Return MiniCPM's pictures by tag as a list, and turns in which every tag is a placeholder."""
+    used: list[str] = []
+
+    def one(turn: Any) -> Any:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+            return turn
+        used.extend(TAG.findall(turn["content"]))
+        return {**turn, "content": TAG.sub(IMAGE_PLACEHOLDER, turn["content"])}
+
+    replaced = [one(turn) for turn in turns]
+    wrong = [tag for tag in images if tag not in used] + [tag for tag in used if tag not in images]
+    if wrong:
+        raise UserError(f"{name}: {wrong[0]} is not both a key of 'image' and a tag of a turn")
+    return [images[tag] for tag in used], replaced
+
+
+def _joined(turn: Any, brought: list[Any], name: object) -> Any:
+    """Return a turn whose content is a list of entries with one text; add its pictures to a list.
+
+    A turn of any other form is returned as it is.
+    """
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), list):
+        return turn
+    text = ""
+    for entry in turn["content"]:
+        match entry:
+            case {"type": "text", "text": str(piece)}:
+                text += piece
+            case {"type": "image", "image": picture}:
+                text, _ = text + IMAGE_PLACEHOLDER, brought.append(picture)
+            case {"type": "image_url", "image_url": {"url": picture}}:
+                text, _ = text + IMAGE_PLACEHOLDER, brought.append(picture)
+            case {"type": "image"}:
+                text += IMAGE_PLACEHOLDER
+            case _:
+                raise UserError(f"{name}: a turn has the entry {show(entry)}, which is not read")
+    return {**turn, "content": text}
