@@ -1,8 +1,8 @@
 """How is row i of a parquet file read without reading the file? By row groups, a few of them kept.
 
 A row's text is read with its row group. A picture stored as bytes (Hugging Face's `{bytes, path}`,
-or plain bytes) is read when it is wanted, and then the column with the pictures alone. Nothing of
-the file stays open or in memory but where its row groups begin, and what `RowGroups` keeps.
+or plain bytes) is read when it is wanted, and then the column with the pictures alone. Of all files
+of a source, a few row groups stay in memory and a few files open: the ones used last.
 
 Reading a row costs its whole row group: some milliseconds where a group has 1,000 rows of text, or
 100 with pictures. Groups that are too large for that are refused.
@@ -23,17 +23,33 @@ from data_recipes.index import Place
 from data_recipes.record_forms import KEYS, PICTURE_KEYS, TURN_KEYS
 from vlm.errors import UserError
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 16 << 20  # twice as much in memory, with what Arrow's allocator holds back
+KEPT_OPEN = 8  # files; parsing the footer of a file of 1,000 row groups takes 4 ms
 MAX_TEXT_BYTES = 64 << 20  # of a row group, uncompressed
 MAX_PICTURE_BYTES = 512 << 20
 
 
 class RowGroups:
-    """The columns of row groups that were read last, up to so many bytes; two at least."""
+    """The columns of row groups that were read last, up to so many bytes, two at least."""
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self.kept_bytes = kept_bytes
         self._tables: OrderedDict[tuple, pa.Table] = OrderedDict()
+        self._files: OrderedDict[Path, pq.ParquetFile] = OrderedDict()
+
+    def open(self, path: Path) -> pq.ParquetFile:
+        """Return a file, opened now or before.
+
+        Raises:
+            UserError: there is none, or it is no parquet.
+        """
+        if path not in self._files:
+            self._files[path] = _open(path)
+        self._files.move_to_end(path)
+        if len(self._files) > KEPT_OPEN:
+            _, oldest = self._files.popitem(last=False)
+            oldest.close()
+        return self._files[path]
 
     def get(self, key: tuple, read: Callable[[], pa.Table]) -> pa.Table:
         """Return what `read` returned for this key, if that is kept, or returns now."""
@@ -61,21 +77,21 @@ class ParquetRecords:
     def __init__(self, path: str | Path, groups: RowGroups | None = None) -> None:
         self.path = Path(path)
         self._groups = groups or RowGroups()
-        with self._open() as file:
-            metadata, schema = file.metadata, file.schema
-            leaves = [schema.column(number).path for number in range(len(schema))]
-            self._pictures = {
-                leaves[number].partition(".")[0]: leaves[number]
-                for number in range(len(schema))
-                if _holds_pictures(schema.column(number)) and _has_values(metadata, number)
-            }
-            self._text = [
-                leaf
-                for leaf in leaves
-                if leaf.partition(".")[0] in KEYS and leaf not in self._pictures.values()
-            ]
-            self._check(metadata, leaves)
-            counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        file = self._groups.open(self.path)
+        metadata, schema = file.metadata, file.schema
+        leaves = [schema.column(number).path for number in range(len(schema))]
+        self._pictures = {
+            leaves[number].partition(".")[0]: leaves[number]
+            for number in range(len(schema))
+            if _holds_pictures(schema.column(number)) and _has_values(metadata, number)
+        }
+        self._text = [
+            leaf
+            for leaf in leaves
+            if leaf.partition(".")[0] in KEYS and leaf not in self._pictures.values()
+        ]
+        self._check(metadata, leaves)
+        counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
         self._ends = list(accumulate(counts))
 
     def __len__(self) -> int:
@@ -145,18 +161,10 @@ class ParquetRecords:
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         """Read some columns of a row group; one thread, since data workers are many."""
         try:
-            with self._open() as file:
-                return file.read_row_group(group, columns=columns, use_threads=False)
+            file = self._groups.open(self.path)
+            return file.read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path}: row group {group} cannot be read ({error})") from error
-
-    def _open(self) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.path, memory_map=True, pre_buffer=False)
-        except FileNotFoundError as error:
-            raise UserError(f"{self.path}: cannot be read (no such file)") from error
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: is no readable parquet file ({error})") from error
 
     def _check(self, metadata: pq.FileMetaData, leaves: list[str]) -> None:
         """Refuse files without rows or turns, and row groups too large to be read for one row."""
@@ -179,6 +187,15 @@ class ParquetRecords:
                         f"{', '.join(columns)}, which reading one row would have to read (at most "
                         f"{limit >> 20}); `vlm data regroup` writes the file with smaller groups"
                     )
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True, pre_buffer=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: cannot be read (no such file)") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is no readable parquet file ({error})") from error
 
 
 def without_nulls(value: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from data_recipes import parquet_records
 from data_recipes.image_files import Inside, load, read, size_of
-from data_recipes.parquet_records import ParquetRecords, RowGroups
+from data_recipes.parquet_records import KEPT_OPEN, ParquetRecords, RowGroups
 from data_recipes.records import to_messages
 from data_recipes.regroup import regroup
 from vlm.cli import main
@@ -139,6 +139,14 @@ def test_row_groups_are_dropped_oldest_first():
         groups.get((key,), lambda: pytest.fail("is kept"))
     other = pa.table({"b": [1]})
     assert groups.get(("b",), lambda: other) is other
+
+
+def test_few_files_stay_open(write):
+    groups = RowGroups()
+    paths = [write([{"caption": str(n)}], name=f"{n}.parquet") for n in range(KEPT_OPEN + 3)]
+    parts = [ParquetRecords(path, groups) for path in paths]
+    assert [part[0] for part in parts] == [{"caption": str(n)} for n in range(len(parts))]
+    assert len(groups._files) == KEPT_OPEN
 
 
 def test_pickled_without_what_it_keeps(write):
