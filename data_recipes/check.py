@@ -40,7 +40,9 @@ class Faults:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what to check and how closely."""
     parser.add_argument("data", metavar="FILE_OR_MIX", help="JSON, JSONL, parquet, tars, or a mix")
-    parser.add_argument("--image-root", default="", help="folder of image paths, for a file")
+    parser.add_argument(
+        "--image-root", default="", help="folder of image paths, unless the mix says"
+    )
     parser.add_argument("--decode", action="store_true", help="also decode every image (slow)")
     parser.add_argument(
         "--captions", action="store_true", help="each record must be one picture and its caption"
@@ -50,11 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check and print; 2 if there are faults."""
-    from data_recipes.mixture import Source, load_mix
+    from data_recipes.mixture import Source, is_mix, load_mix
 
     path = Path(args.data)
-    if path.suffix in (".yaml", ".yml"):
-        sources = load_mix(path)
+    if is_mix(path):
+        sources = load_mix(path, args.image_root)
     else:
         sources = [Source(name=path.name, path=str(path), image_root=args.image_root)]
     bad = 0

@@ -9,8 +9,10 @@ Nothing depends on a global random state, on the rank or on how many workers the
 that is resumed sees what it would have seen.
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +20,12 @@ import numpy as np
 import yaml
 
 from connectors.config import config_from_mapping
+from data_recipes.foreign_mixes import from_internvl, from_llava_next, is_internvl
 from data_recipes.records import ImagePosition
 from vlm.errors import UserError
 
 Take = Literal["first", "end", "random"]
+MAX_MIX_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +34,14 @@ class Source:
 
     Attributes:
         name: what logs and the manifest call it.
-        path: JSON array or JSONL.
+        path: JSON array, JSONL, parquet or tar; with braces, several (see `readers`).
         image_root: folder that image paths are relative to; the file's own folder if empty.
         weight: share of the mixture; all sources have one or none has.
         repeat: times per epoch, where there are no weights.
-        cap: keep at most so many records, or "10%" of them.
+        cap: keep at most so many records, or "10%" of them, rounded up.
         take: which ones `cap` keeps.
-        image_position: "first" applies LLaVA's rule to placeholders; "none" leaves the pictures
-            out (see records.py).
+        image_position: "first" applies LLaVA's rule to placeholders, "front_if_missing" InternVL's;
+            "none" leaves the pictures out (see records.py).
     """
 
     name: str
@@ -75,7 +79,7 @@ class Source:
         if value <= 0 or (percent and value > 100):
             raise UserError(f"data source {self.name!r}: cap {self.cap!r} keeps nothing sensible")
         if percent:
-            return max(1, round(num_records * value / 100))
+            return math.ceil(num_records * value / 100)
         return min(num_records, int(value))
 
 
@@ -162,22 +166,53 @@ class Mixture:
             filled += len(piece)
 
 
-def load_mix(path: str | Path) -> list[Source]:
+def load_mix(path: str | Path, image_root: str = "") -> list[Source]:
     """Read a mix file: YAML with one key, `sources`, a list of `Source` fields.
+
+    LLaVA-NeXT's YAML and InternVL's JSON are read too, see `foreign_mixes`.
+
+    Args:
+        path: the file.
+        image_root: of sources that name none.
 
     Raises:
         UserError: the file is missing, is no YAML, or has a field that `Source` does not know.
     """
-    path = Path(path)
+    path, where = Path(path), f"mix {path}"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"mix {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"mix {path}: is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(tree, Mapping) or set(tree) != {"sources"}:
-        raise UserError(f"mix {path}: must have the one key 'sources'")
-    return parse_sources(tree["sources"], str(path))
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: is no YAML ({' '.join(str(error).split())})") from error
+    if is_internvl(tree):
+        values = from_internvl(tree, where)
+    elif isinstance(tree, Mapping) and set(tree) == {"datasets"}:
+        values = from_llava_next(tree["datasets"], where)
+    elif isinstance(tree, Mapping) and set(tree) == {"sources"}:
+        values = tree["sources"]
+    else:
+        raise UserError(
+            f"{where}: must have the one key 'sources' (or 'datasets', as LLaVA-NeXT, or names "
+            "with root and annotation, as InternVL)"
+        )
+    sources = parse_sources(values, str(path))
+    return [s if s.image_root else replace(s, image_root=image_root) for s in sources]
+
+
+def is_mix(path: Path) -> bool:
+    """Return whether a file is a mix rather than records: YAML, or InternVL's JSON."""
+    if path.suffix != ".json" or not path.is_file():
+        return path.suffix in (".yaml", ".yml")
+    with path.open("rb") as file:
+        if file.read(64).lstrip()[:1] != b"{" or path.stat().st_size > MAX_MIX_BYTES:
+            return False
+        file.seek(0)
+        try:
+            return is_internvl(json.load(file))
+        except ValueError:
+            return False  # JSONL
 
 
 def parse_sources(values: Any, where: str) -> list[Source]:

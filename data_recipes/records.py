@@ -14,6 +14,8 @@ Rules, all strict, because each was a silent loss somewhere (LLaVA, LLaVA-NeXT, 
 A placeholder stays where the author wrote it. LLaVA moves it to the front of its turn
 (`preprocess_multimodal` in LLaVA's train.py; LLaVA-NeXT only if the turn has exactly one); a source
 that says `image_position: first` gets the LLaVA-NeXT form of that rule, and nobody else does. With
+`front_if_missing`, the pictures of a record that has no placeholder stand before its first
+question, a line each, as InternVL's and MiniCPM's (one picture) and nanoVLM's (several) do. With
 `image_position: none` the pictures are left out and the text stays: the data of a blind baseline.
 """
 
@@ -32,7 +34,7 @@ ROLES: dict[str, str] = {
     "assistant": "assistant",
     "system": "system",
 }
-ImagePosition = Literal["as_written", "first", "none"]
+ImagePosition = Literal["as_written", "first", "front_if_missing", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,9 @@ def to_messages(raw: Any, where: object, image_position: ImagePosition = "as_wri
     Args:
         raw: the decoded JSON value.
         where: names the file and line in errors; only turned into text when one is raised.
-        image_position: "first" moves a turn's only placeholder to its front, as LLaVA does; "none"
-            drops placeholders and pictures.
+        image_position: "first" moves a turn's only placeholder to its front, as LLaVA does;
+            "front_if_missing" adds those that are not written; "none" drops placeholders and
+            pictures.
 
     Raises:
         UserError: the record breaks one of the rules above; the sentence names place and id.
@@ -82,6 +85,8 @@ def to_messages(raw: Any, where: object, image_position: ImagePosition = "as_wri
     pictures, conversation = pictures_and_turns(raw, name)
     images = _images(pictures, name)
     turns = _turns(conversation, raw, name)
+    if image_position == "front_if_missing":
+        turns = _with_placeholders(turns, len(images))
     _check_placeholders(turns, len(images), name)
     placed = [(role, _place(text, image_position)) for role, text in turns]
     if not all(text for _, text in placed):
@@ -165,10 +170,23 @@ def _check_placeholders(turns: list[tuple[str, str]], num_images: int, name: _Na
         )
 
 
+def _with_placeholders(turns: list[tuple[str, str]], num_images: int) -> list[tuple[str, str]]:
+    """Return the turns, with placeholders before the first question if there are none at all."""
+    if any(IMAGE_PLACEHOLDER in text for _, text in turns):
+        return turns
+    first = [role for role, _ in turns].index("user")
+    role, text = turns[first]
+    return [
+        *turns[:first],
+        (role, f"{IMAGE_PLACEHOLDER}\n" * num_images + text),
+        *turns[first + 1 :],
+    ]
+
+
 def _place(text: str, image_position: ImagePosition) -> str:
     """Apply the source's `image_position` to one turn (LLaVA's rule where it is "first")."""
     if image_position == "none" and IMAGE_PLACEHOLDER in text:
         return text.replace(IMAGE_PLACEHOLDER, "").strip()
-    if image_position == "as_written" or text.count(IMAGE_PLACEHOLDER) != 1:
+    if image_position != "first" or text.count(IMAGE_PLACEHOLDER) != 1:
         return text
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()

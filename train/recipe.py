@@ -56,12 +56,14 @@ class DataRecipe:
 
     Attributes:
         sources: see `data_recipes.mixture.Source`.
-        mix: a YAML file with `sources`, relative to the working directory.
+        mix: a file of sources, relative to the working directory; LLaVA-NeXT's and InternVL's too.
+        image_root: folder of image paths, for sources of a mix that name none.
         on_error: "skip" leaves out records that cannot be used, logged and counted.
     """
 
     sources: list[Source] = field(default_factory=list)
     mix: str | None = None
+    image_root: str = ""
     on_error: Literal["raise", "skip"] = "raise"
 
 
@@ -305,9 +307,11 @@ def _parse_data(value: Any, where: str) -> DataRecipe:
         raise UserError(f"{where} needs either mix (a file) or sources (a list)")
     if values.get("sources"):
         values["sources"] = parse_sources(values["sources"], where)
+        if values.get("image_root"):
+            raise UserError(f"{where}: image_root is for a mix; give each source its own")
         return config_from_mapping(DataRecipe, values, where)
     data = config_from_mapping(DataRecipe, values, where)
-    sources = with_place(where, load_mix, data.mix)
+    sources = with_place(where, load_mix, data.mix, data.image_root)
     return DataRecipe(sources=sources, on_error=data.on_error)
 
 

@@ -73,6 +73,49 @@ def test_missing_image_names_file_line_id_and_image(make_dataset):
         assert part in str(error.value)
 
 
+def spoil(kind, path):
+    """Make the picture at a path one of the files that other suites stumble over."""
+    data = path.read_bytes()
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind != "missing":
+        whole = {"empty": b"", "cut short": data[: len(data) // 2], "text": b"<html>404</html>"}
+        path.write_bytes(whole[kind])
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut short", "text", "a folder"])
+def test_a_bad_picture_is_told_or_left_out_but_never_replaced(make_dataset, tmp_path, kind):
+    dataset = make_dataset([row(0), row(1, image=None)])
+    spoil(kind, tmp_path / "0.png")
+    places = {dataset.mixture.locate(position)[1]: position for position in range(2)}
+    with pytest.raises(UserError, match=r"data\.jsonl:1 \(id 'r0'\): image .*0\.png"):
+        dataset[places[0]]
+    dataset.on_error = "skip"
+    batch = Collator(dataset.processor)([dataset[position] for position in range(2)])
+    assert batch["record_ids"] == ["r1"]
+    assert [note.row for note in batch["skipped"]] == [0]
+    assert "pixel_values" not in batch
+
+
+def test_an_answer_in_the_words_of_the_image_token_is_a_fault_not_a_picture(make_dataset):
+    dataset = make_dataset([row(0, answer="I wrote <image> here.")])
+    with pytest.raises(UserError, match=r"data\.jsonl:1 \(id 'r0'\): turn 2 is the assistant's"):
+        dataset[0]
+
+
+def test_a_template_that_marks_nothing_of_a_record_is_told(make_dataset):
+    dataset = make_dataset([row(0)])
+    dataset.processor.chat_template = (
+        "{%- generation -%}{%- endgeneration -%}{%- for message in messages -%}"
+        "{%- for entry in message.content -%}"
+        "{{- '<image>' if entry.type == 'image' else entry.text -}}"
+        "{%- endfor -%}{%- endfor -%}"
+    )
+    with pytest.raises(UserError, match=r"data\.jsonl:1 \(id 'r0'\): no token of it is superv"):
+        dataset[0]
+
+
 def test_long_record_is_a_fault_not_cut(make_dataset):
     dataset = make_dataset([row(0, answer="long " * 50)], max_length=64)
     with pytest.raises(UserError, match=r"data\.jsonl:1 \(id 'r0'\).*max_length 64"):

@@ -52,6 +52,8 @@ def test_text_only():
         ("first", "What?\n<image>", [IMAGE, NEWLINE_TEXT]),
         ("first", "<image>\nWhat?", [IMAGE, NEWLINE_TEXT]),
         ("none", "<image>\nWhat?", [{"type": "text", "text": "What?"}]),
+        ("front_if_missing", "What?", [IMAGE, NEWLINE_TEXT]),
+        ("front_if_missing", "What?<image>", [{"type": "text", "text": "What?"}, IMAGE]),
     ],
 )
 def test_image_position(position, text, entries):
