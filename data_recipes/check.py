@@ -11,6 +11,7 @@ import argparse
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ def check_source(
     from data_recipes.readers import open_records
     from data_recipes.records import to_messages
 
-    read = to_caption if captions else to_messages
+    read = to_caption if captions else partial(to_messages, image_position=source.image_position)
     index, root, faults = open_records(source.path), image_root(source), Faults()
     faults.num_records = len(index)
     for row in tqdm(range(len(index)), desc=source.name, unit="record", leave=False):
