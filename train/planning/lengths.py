@@ -4,17 +4,16 @@ import sys
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from data_recipes.dataset import ConversationDataset, image_root
-from data_recipes.index import RecordIndex
+from data_recipes.dataset import ConversationDataset
+from data_recipes.image_files import size_of
 from data_recipes.mixture import Mixture
+from data_recipes.readers import data_files, open_records
 from train.planning.step import Sample, plan_views
 from train.recipe import StageRecipe
 from vlm.chat_templates import load
 from vlm.errors import UserError
-from vlm.images import image_size
 from vlm.processing import VlmProcessor
 from vlm.tiling import Size
 
@@ -84,9 +83,9 @@ def image_tokens(model: Any, sizes: tuple[Size, ...]) -> int:
 def count_records(stage: StageRecipe, seed: int) -> int | None:
     """Return the records of an epoch, or None where a file is not here."""
     sources = stage.data.sources
-    if not all(Path(source.path).is_file() for source in sources):
+    if not all(file.is_file() for source in sources for file in data_files(source.path)):
         return None
-    return len(Mixture(sources, [len(RecordIndex(source.path)) for source in sources], seed))
+    return len(Mixture(sources, [len(open_records(source.path)) for source in sources], seed))
 
 
 def measured_lengths(
@@ -134,10 +133,9 @@ def mean_sample(processor: VlmProcessor, rows: Sequence[Sample]) -> Sample:
 def _row(dataset: ConversationDataset, processor: VlmProcessor, position: int) -> Sample | None:
     """Return the record at `position` as a sample, None if it cannot be used."""
     number, row = dataset.mixture.locate(position)
-    root = image_root(dataset.mixture.sources[number])
     try:
         record = dataset.record(number, row)
-        sizes = tuple(image_size(root / path) for path in record.images)
+        sizes = tuple(size_of(file) for file in dataset.files(record, number))
         tokens, supervised = processor.count_tokens(record.messages, sizes)
     except UserError:
         return None

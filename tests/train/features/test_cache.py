@@ -62,8 +62,9 @@ def decodes(monkeypatch):
 
         return count_and_load
 
-    for where, module in (("store", data_recipes.pictures), ("elsewhere", data_recipes.dataset)):
-        monkeypatch.setattr(module, "load_image", counted(where, module.load_image))
+    store, elsewhere = data_recipes.pictures, data_recipes.dataset
+    monkeypatch.setattr(store, "load_image", counted("store", store.load_image))
+    monkeypatch.setattr(elsewhere, "load", counted("elsewhere", elsewhere.load))
     return counts
 
 
