@@ -103,7 +103,7 @@ def _offload(setup: Setup, costs: StageCosts) -> list[Change]:
 def _lora(setup: Setup, costs: StageCosts) -> list[Change]:
     if "language_model" not in costs.trained:
         return []
-    how = f"LoRA of rank {LORA_RANK} in place of training the language model"
+    how = f"adapter: {{rank: {LORA_RANK}}}, LoRA in place of training the language model"
     return [Change(replace(setup, lora=True), how, "another result")]
 
 

@@ -192,7 +192,8 @@ def plan_stage(
     epochs = settings.epochs
     if steps is not None and records is not None:
         epochs = steps * settings.micro_batch * settings.accumulation * options.gpus / records
-    tables = all_shardings(settings.engine, options.gpus, costs.hidden_size)
+    others = all_shardings(settings.engine, options.gpus, costs.hidden_size)
+    tables = others if options.reserve else []  # a CPU has no host to lean on
     return StagePlan(
         name=stage.name,
         changes=len(stage.changes),

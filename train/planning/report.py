@@ -15,7 +15,7 @@ UNITS = {"GiB": GIB, "MiB": 2**20}
 def render(plan: Plan, options: Options, gpu: str) -> str:
     """Return the whole plan as text."""
     lines = [
-        f"{plan.name} on {options.gpus} x {gpu}, {options.memory:g} GiB each",
+        f"{plan.name} on {options.gpus} x {gpu}, {options.memory:.3g} GiB each",
         "",
         *_parameters(plan),
         "",
@@ -142,7 +142,8 @@ def _memory(stage: StagePlan, options: Options) -> Iterator[str]:
 
 def _unit(stage: StagePlan, options: Options) -> str:
     """Return the unit of a stage's table: small models would be all zeros in GiB."""
-    return unit_of(max(memory.total for memory in stage.table.values()) - options.reserve)
+    totals = [memory.total for memory in (stage.memory, *stage.table.values())]
+    return unit_of(max(totals) - options.reserve)
 
 
 def _cells(memory: Memory) -> list[float]:

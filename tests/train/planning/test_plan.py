@@ -217,6 +217,7 @@ def test_a_cpu_attends_by_document_and_has_no_reserve(tree, write_recipe, capsys
         assert vlm_cli.main([*words, gpu, *(["--gpus", "1"] * (gpu != "CPU"))]) == 0
         stages += json.loads(capsys.readouterr().out)["stages"]
     assert [stage["memory"]["reserve"] for stage in stages] == [0, RESERVE]
+    assert [len(stage["table"]) for stage in stages] == [0, 4]
     assert stages[0]["cost"]["attention"] < 0.5 * stages[1]["cost"]["attention"]
 
 
