@@ -120,9 +120,8 @@ class CaptionDataset(ConversationDataset):
             "record_id": caption.id or f"{source.name}[{row}]",
         }
 
-    def num_tokens(self, position: int) -> int:
-        """Return the tokens of the caption at `position`; of a record that cannot be used, 0."""
-        number, row = self.mixture.locate(position)
+    def count_tokens(self, number: int, row: int) -> int:
+        """Return the tokens of a record's caption; of a record that cannot be used, 0."""
         index = self.indexes[number]
         try:
             return self.processor.num_tokens(to_caption(index[row], index.place(row)).text)

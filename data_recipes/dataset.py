@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from data_recipes.feature_store import FeatureStore
 from data_recipes.image_files import ImageFile, load, locate, size_of
+from data_recipes.loss_weight import LossWeight, token_weight
 from data_recipes.mixture import Mixture, Source
 from data_recipes.pictures import Shown, stored_features
 from data_recipes.readers import data_files, open_records
@@ -71,6 +72,14 @@ class ConversationDataset(Dataset):
         """Number of records in one epoch."""
         return len(self.mixture)
 
+    def __getitems__(self, asked: list[int | tuple[int, ...]]) -> list[dict[str, Any] | Skipped]:
+        """Return what a batch is made of; where rows are packed, a pack of positions is asked for.
+
+        torch's loader calls this in place of `__getitem__` where it is there.
+        """
+        packs = [each if isinstance(each, tuple) else (each,) for each in asked]
+        return [self[position] for pack in packs for position in pack]
+
     def __getitem__(self, position: int) -> dict[str, Any] | Skipped:
         """Return the encoded record at `position`, with `record_id`, or a note that it is skipped.
 
@@ -95,7 +104,10 @@ class ConversationDataset(Dataset):
 
         A record that cannot be used has 0; the fault is told when the record is asked for.
         """
-        number, row = self.mixture.locate(position)
+        return self.count_tokens(*self.mixture.locate(position))
+
+    def count_tokens(self, number: int, row: int) -> int:
+        """Return the length of record `row` of source `number`; see `num_tokens`."""
         try:
             record = self.record(number, row)
             sizes = [size_of(file) for file in self.files(record, number)]
@@ -168,11 +180,13 @@ class Collator:
         packed: the records become one row without padding, each a document of its own.
         features: the dataset's; `vision_features` then stands in place of pixel_values, also where
             no row has a picture.
+        loss_weight: what a record counts by, see `data_recipes.loss_weight`.
     """
 
     processor: Any
     packed: bool = False
     features: FeatureStore | None = None
+    loss_weight: LossWeight = "token"
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
         """Collate; a batch whose records are all skipped is one row without supervised tokens."""
@@ -180,6 +194,8 @@ class Collator:
         ids = [item["record_id"] for item in kept]
         rows = [{k: v for k, v in item.items() if k != "record_id"} for item in kept]
         rows = rows or [self._nothing()]
+        if self.loss_weight != "token":
+            rows = [_with_weights(row, self.loss_weight) for row in rows]
         pack = self.processor.pack
         batch = pack(rows) if self.packed else self.processor.collate(rows, padding_side="right")
         if self.features is not None:
@@ -198,3 +214,10 @@ class Collator:
             "attention_mask": torch.ones_like(ids),
             "labels": torch.full_like(ids, IGNORED),
         }
+
+
+def _with_weights(row: dict[str, torch.Tensor], kind: LossWeight) -> dict[str, torch.Tensor]:
+    """Return a row with loss_weights (L,) beside its labels (L,), 0 where none is learnt."""
+    learnt = row["labels"] != IGNORED
+    learnt[0] = False  # nothing stands before it
+    return {**row, "loss_weights": learnt * token_weight(int(learnt.sum()), kind)}

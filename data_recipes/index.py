@@ -98,7 +98,7 @@ _DECODER = json.JSONDecoder()
 def load_or_build(path: Path, scan_file: Callable[[Path], Scan]) -> Scan:
     """Return the offsets of `path`, from the first cache that has them, else from a scan."""
     digest = fingerprint(path)
-    candidates = [path.with_name(f".{path.name}.index"), _user_cache(path)]
+    candidates = cache_places(path, "index")
     for candidate in candidates:
         if (known := _read(candidate, digest)) is not None:
             return known
@@ -120,10 +120,12 @@ def fingerprint(path: Path) -> bytes:
     return digest.digest()
 
 
-def _user_cache(path: Path) -> Path:
+def cache_places(path: Path, kind: str) -> list[Path]:
+    """Return where what is known of a data file is kept: beside it, else in the user's cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    return root / "vlm-suite" / "index" / f"{name}-{path.name}.index"
+    there = root / "vlm-suite" / "index" / f"{name}-{path.name}.{kind}"
+    return [path.with_name(f".{path.name}.{kind}"), there]
 
 
 def _read(cache: Path, digest: bytes) -> Scan | None:

@@ -115,6 +115,11 @@ class Mixture:
         code = int(self._epoch_order(epoch)[offset])
         return code >> 40, code & ((1 << 40) - 1)
 
+    def places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return source numbers and rows in their files at positions [start, stop)."""
+        codes = self._codes(start, stop)
+        return codes >> 40, codes & ((1 << 40) - 1)
+
     def seen(self, start: int, stop: int) -> dict[str, int]:
         """Return how many records of each source stand at positions [start, stop)."""
         counts = np.bincount(self._codes(start, stop) >> 40, minlength=len(self.sources))

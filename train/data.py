@@ -42,12 +42,13 @@ def _check_sources(sources: Sequence[Source], where: str, seed: int) -> None:
 
 def stage_dataset(stage: StageRecipe, processor: Any, seed: int) -> ConversationDataset:
     """Return the stage's dataset."""
+    limits = [stage.max_length, stage.packing and stage.packing.length]
     return ConversationDataset(
         stage.data.sources,
         processor,
         seed=seed,
         on_error=stage.data.on_error,
-        max_length=stage.max_length,
+        max_length=min((limit for limit in limits if limit is not None), default=None),
     )
 
 

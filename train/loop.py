@@ -15,11 +15,12 @@ from train.data import SkipNotes
 from train.folders import flush_files
 from train.freeze import Group
 from train.manifest import StageManifest
+from train.order import seen_spans
+from train.pack_sampler import PackSampler
 from train.parts import StageParts
 from train.plot import draw_loss
 from train.process import is_main_process, say
 from train.recipe import StageRecipe
-from train.steps import step_sizes
 from train.trainer import VlmTrainer
 
 LOG_NAME = "training_log.jsonl"
@@ -51,6 +52,7 @@ def make_trainer(
         on_skip=SkipNotes(folder, arguments.process_index),
         dataset=parts.dataset,
         length_window=stage.length_window,
+        packing=stage.packing,
         starts=(0, *(change.at_step for change in stage.changes)),
         ema_decay=None if stage.ema is None else stage.ema.decay,
         data_collator=parts.collate,
@@ -58,6 +60,9 @@ def make_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # the progress line shows the same
+    if isinstance(trainer.sampler, PackSampler):
+        told = f"{trainer.sampler.packs} rows an epoch, {trainer.sampler.fill:.1%} full"
+        say(f"packed: {told}")
     return trainer
 
 
@@ -131,7 +136,7 @@ def _write_final(trainer: VlmTrainer, ended: Path | None, folder: Path, weights:
 def records_seen(trainer: VlmTrainer, step: int) -> dict[str, int]:
     """Return how many records of each source the steps so far asked for, skipped ones included."""
     mixture, seen = trainer.dataset.mixture, Counter()
-    for span in step_sizes(trainer.args, len(mixture)).spans(step):
+    for span in seen_spans(trainer.sampler, trainer.args, step):
         seen.update(mixture.seen(*span))
     return {source.name: seen[source.name] for source in mixture.sources}
 

@@ -1,4 +1,4 @@
-"""In which order are the mixture's positions asked for? Rows of like length together.
+"""In which order are the mixture's positions asked for? Its own, by length, or packed.
 
 The mixture decides which records an optimizer step sees. Within a window of whole steps the order
 is free: sorted by length, micro-batches are padded less. In a window of one step the step's
@@ -6,9 +6,18 @@ records, and so its gradient, are those of the unsorted order; only the rounding
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
+
+from data_recipes.dataset import ConversationDataset
+from data_recipes.lengths import RecordLengths
+from train.pack_sampler import PackSampler
+from train.packing import Packing
+from train.process import is_main_process
+from train.steps import loaded_ahead, step_sizes, total_steps
 
 
 def like_lengths_together(
@@ -68,7 +77,83 @@ class PositionSampler(Sampler[int]):
             yield from range(first, last)
             return
         for start in range(first, last, self.window):
-            lengths = [self.num_tokens(p) for p in range(start, min(start + self.window, last))]
-            rng = np.random.default_rng([self.seed, start])
-            for offset in like_lengths_together(lengths, self.micro_batch, rng):
-                yield start + offset
+            yield from self._sorted(start, min(start + self.window, last))
+
+    def _sorted(self, start: int, stop: int) -> list[int]:
+        """Return the positions of a window in order."""
+        lengths = [self.num_tokens(position) for position in range(start, stop)]
+        rng = np.random.default_rng([self.seed, start])
+        return [start + n for n in like_lengths_together(lengths, self.micro_batch, rng)]
+
+    def taken(self, epoch: int, count: int) -> np.ndarray:
+        """Return the first `count` positions of an epoch, in any order."""
+        first, last = epoch * self.size, (epoch + 1) * self.size
+        stop = min(first + count, last)
+        if not self.window or stop == last:
+            return np.arange(first, stop)
+        whole = first + (stop - first) // self.window * self.window
+        part = self._sorted(whole, min(whole + self.window, last)) if stop > whole else []
+        return np.concatenate([np.arange(first, whole), part[: stop - whole]]).astype(np.int64)
+
+
+Order = PositionSampler | PackSampler
+
+
+def make_order(
+    dataset: ConversationDataset,
+    arguments: TrainingArguments,
+    length_window: int = 0,
+    packing: Packing | None = None,
+) -> Order:
+    """Return the order in which a stage asks for records.
+
+    Args:
+        dataset: its records.
+        arguments: of its Trainer.
+        length_window: optimizer steps within which rows of like length come together; 0: none.
+        packing: how rows are filled with several records; None: each has its own.
+    """
+    micro_batch = arguments.train_batch_size * arguments.world_size
+    if packing is None:
+        window = length_window * micro_batch * arguments.gradient_accumulation_steps
+        return PositionSampler(
+            len(dataset), dataset.num_tokens, window, micro_batch, arguments.seed
+        )
+    wanted = None
+    if arguments.max_steps > 0:
+        batches = arguments.max_steps * arguments.gradient_accumulation_steps
+        wanted = (batches + loaded_ahead(arguments)) * micro_batch
+    # One process of each machine counts tokens, the others read what it has written.
+    with arguments.main_process_first(desc="counting tokens"):
+        lengths = RecordLengths(dataset, arguments.dataloader_num_workers, is_main_process())
+        order = PackSampler(
+            len(dataset),
+            lengths,
+            packing,
+            arguments.seed,
+            partial(step_sizes, arguments),
+            partial(total_steps, arguments),
+            wanted,
+        )
+        lengths.save()
+    return order
+
+
+def seen_spans(
+    order: Order, arguments: TrainingArguments, steps: int, ahead: int = 0
+) -> list[tuple[int, int]]:
+    """Return, as spans [start, stop), the positions of the mixture that so many steps see.
+
+    Args:
+        order: of the stage.
+        arguments: of its Trainer.
+        steps: optimizer steps from the stage's start.
+        ahead: micro-batches that the loader asks for before they are needed.
+    """
+    spans = []
+    for epoch, count in enumerate(step_sizes(arguments, len(order)).seen(steps, ahead)):
+        positions = np.sort(order.taken(epoch, count))
+        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+        runs = np.split(positions, breaks) if len(positions) else []
+        spans += [(int(run[0]), int(run[-1]) + 1) for run in runs]
+    return spans

@@ -9,10 +9,10 @@ than one step of the whole.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from connectors.qformer_losses import Stage1Output
@@ -45,10 +45,9 @@ class PairTrainer(VlmTrainer):
             for batch in batch_samples
         )
         counts = torch.stack([torch.as_tensor(pairs), torch.as_tensor(words)]).to(device)
-        return self._over_processes(counts).clamp(min=1)
-
-    def _num_supervised(self, num_items: Tensor) -> Tensor:
-        return num_items[1]
+        counts = self._over_processes(counts)
+        self.window.tokens += counts[1]
+        return counts.clamp(min=1)
 
     def compute_loss(
         self,
@@ -88,10 +87,6 @@ class PairTrainer(VlmTrainer):
             logs["temperature"] = self._temperature()
             self.totals = Totals()
         super().log(logs, start_time)
-
-    def _over_processes(self, counts: Tensor) -> Tensor:
-        """Return the sum over all processes."""
-        return cast(Tensor, self.accelerator.reduce(counts, "sum"))
 
     def _temperature(self) -> float:
         model: Any = self.model

@@ -50,7 +50,8 @@ def stage_parts(
         return _first_stage(recipe, stage, stage.aim, previous, checkpoint)
     model, processor = build_model(recipe, stage, previous, checkpoint)
     dataset = stage_dataset(stage, processor, recipe.seed)
-    return StageParts(model, dataset, Collator(processor, stage.packed), VlmTrainer)
+    collate = Collator(processor, bool(stage.packed), loss_weight=stage.loss_weight)
+    return StageParts(model, dataset, collate, VlmTrainer)
 
 
 def with_features(parts: StageParts, stage: StageRecipe, store: FeatureStore | None) -> StageParts:
@@ -58,7 +59,8 @@ def with_features(parts: StageParts, stage: StageRecipe, store: FeatureStore | N
     if store is None:
         return parts
     parts.dataset.features = store
-    return replace(parts, collate=Collator(parts.dataset.processor, stage.packed, store))
+    assert isinstance(parts.collate, Collator)
+    return replace(parts, collate=replace(parts.collate, features=store))
 
 
 def _first_stage(

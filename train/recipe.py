@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from connectors.config import config_from_mapping
 from connectors.registry import lookup
+from data_recipes.loss_weight import LossWeight
 from data_recipes.mixture import Source, load_mix, parse_sources
 from train.adapted import check_adapters, parse_adapter
 from train.features.plan import FeatureCache
 from train.freeze import PARTS
 from train.objectives import Objective, check_objectives, parse_objective, resolve_objective
+from train.packing import Packing
 from train.rates import Change, PartRates, parse_changes, parse_trainable
 from vlm.adapters import AdapterConfig
 from vlm.errors import UserError
@@ -97,8 +99,11 @@ class StageRecipe:
         max_length: longest row in tokens, images included; longer ones are faults, never cut.
         length_window: optimizer steps within which rows of like length are padded together. In a
             window of 1 every step sees the records it would see without; 0 sorts nothing.
-        packed: the rows of a micro-batch become one row without padding, and attention stays within
-            each; needs a language model that runs flash attention, or a CPU, to be fast.
+        packed: true: the records of a micro-batch become one row without padding, and attention
+            stays within each. {length: 8192, window: 1024}: a row takes as many as fit best, see
+            `train.packing.Packing`; per_device_train_batch_size then counts such rows.
+        loss_weight: what a record with n supervised tokens counts by in a step's loss: n for
+            "token", 1 for "sample", sqrt(n) for "square", as in InternVL 2.5.
         training: fields of transformers.TrainingArguments.
     """
 
@@ -112,7 +117,8 @@ class StageRecipe:
     chat_template: str | None = None
     max_length: int | None = None
     length_window: int = 0
-    packed: bool = False
+    packed: bool | Packing = False
+    loss_weight: LossWeight = "token"
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,6 +130,11 @@ class StageRecipe:
     def ever_trained(self) -> list[str]:
         """Names of the parts that train at any time of the stage."""
         return list(dict.fromkeys(part for phase in self.phases for part in phase))
+
+    @property
+    def packing(self) -> Packing | None:
+        """How rows are filled, where they have a length."""
+        return self.packed if isinstance(self.packed, Packing) else None
 
     @property
     def aim(self) -> Objective:
@@ -266,19 +277,29 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
         values["ema"] = config_from_mapping(EmaRecipe, given, f"{where}.ema")
     values["adapter"] = parse_adapter(values.get("adapter"), where)
     values["objective"] = resolve_objective(values.get("objective"), f"{where}.objective")
+    if isinstance(values.get("packed"), Mapping):
+        values["packed"] = config_from_mapping(Packing, values["packed"], f"{where}: packed")
     stage = config_from_mapping(StageRecipe, values, where)
     if not stage.name or Path(stage.name).name != stage.name or stage.name.startswith("."):
         raise UserError(f"{where}: name {stage.name!r} cannot be a folder's name")
-    if stage.length_window < 0:
-        raise UserError(f"{where}: length_window must be 0 or more, not {stage.length_window}")
+    _check_rows(stage, where)
     _check_engine(stage, where)
-    if stage.packed and stage.objective is not None:
-        raise UserError(f"{where}: only stages that learn the next token can be packed")
     if stage.chat_template is not None:
         from vlm.chat_templates import load as load_chat_template
 
         with_place(f"{where}.chat_template", load_chat_template, stage.chat_template)
     return stage
+
+
+def _check_rows(stage: StageRecipe, where: str) -> None:
+    """Refuse orders, rows and weights that cannot be, or not with each other."""
+    if stage.length_window < 0:
+        raise UserError(f"{where}: length_window must be 0 or more, not {stage.length_window}")
+    if stage.packing is not None and stage.length_window:
+        raise UserError(f"{where}: packed rows of a length leave length_window nothing to sort")
+    if stage.objective is not None and (stage.packed or stage.loss_weight != "token"):
+        name = "packed" if stage.packed else "loss_weight"
+        raise UserError(f"{where}: {name} is for stages that learn the next token")
 
 
 def _check_engine(stage: StageRecipe, where: str) -> None:

@@ -17,6 +17,7 @@ from train.folders import check_space, claim, is_done, prepare_output
 from train.freeze import Group, describe, freeze, settings
 from train.loop import make_trainer, train_to_end
 from train.manifest import StageManifest
+from train.order import make_order
 from train.parts import stage_parts, with_features
 from train.process import free_memory, say, seed_everything, set_up_torch
 from train.rates import check_steps
@@ -76,8 +77,10 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     arguments = training_arguments(recipe, stage, folder)
     saves, on_base = arguments.save_strategy != "no", keeps_base(recipe, stage)
     check_space(folder, parts.model, saves, stage.ema is not None, trained_only=on_base)
-    steps = total_steps(arguments, step_sizes(arguments, len(parts.dataset)))
-    check_steps(stage.changes, steps, f"stages.{stage.name}")
+    if stage.changes:
+        order = make_order(parts.dataset, arguments, stage.length_window, stage.packing)
+        steps = total_steps(arguments, step_sizes(arguments, len(order)))
+        check_steps(stage.changes, steps, f"stages.{stage.name}")
 
     say(f"stage {stage.name}: {len(parts.dataset)} records an epoch, result in {folder}")
     say("\n".join(describe(parts.model, stage.trainable)))

@@ -1,4 +1,4 @@
-"""Which positions of the mixture does a stage see by its step n?"""
+"""How many records, or rows of packed ones, has a stage seen by its step n?"""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepSizes:
-    """How many records the Trainer takes at once.
+    """How many items the Trainer takes at once: records, or packs of records that share a row.
 
     Attributes:
-        epoch: records of an epoch.
-        micro_batch: rows of one micro-step, over all ranks.
+        epoch: items of an epoch.
+        micro_batch: items of one micro-step, over all ranks.
         accumulation: micro-steps of an optimizer step.
         drop_last: whether an epoch's last micro-batch is left out where it is not full.
     """
@@ -40,29 +40,25 @@ class StepSizes:
         """Return the optimizer steps of a stage; `max_steps` above 0 decides."""
         return max_steps if max_steps > 0 else math.ceil(epochs * self.steps)
 
-    def spans(self, steps: int, window: int = 0, ahead: int = 0) -> list[tuple[int, int]]:
-        """Return the positions [start, stop) of the mixture that so many steps see, by epoch.
+    def seen(self, steps: int, ahead: int = 0) -> list[int]:
+        """Return how many items so many steps see of each epoch.
 
         Args:
             steps: optimizer steps from the stage's start.
-            window: steps within which records are sorted by length (see `train.order`): any of the
-                last window may be among those seen, so all of it counts; 0: none are sorted.
             ahead: micro-batches that the loader asks for before they are needed, within an epoch.
         """
-        found, start = [], 0
-        in_epoch = self.epoch if window else min(self.epoch, self.batches * self.micro_batch)
-        whole = max(1, window * self.accumulation)  # micro-batches
+        found = []
         while steps > 0:
-            batches = math.ceil((steps * self.accumulation + ahead) / whole) * whole
-            found.append((start, start + min(in_epoch, batches * self.micro_batch)))
-            steps, start = steps - self.steps, start + self.epoch
+            batches = min(self.batches, steps * self.accumulation + ahead)
+            found.append(min(self.epoch, batches * self.micro_batch))
+            steps -= self.steps
         return found
 
 
-def step_sizes(arguments: "TrainingArguments", records: int) -> StepSizes:
-    """Return how a stage with so many records an epoch is cut into steps."""
+def step_sizes(arguments: "TrainingArguments", items: int) -> StepSizes:
+    """Return how a stage with so many items an epoch is cut into steps."""
     return StepSizes(
-        epoch=records,
+        epoch=items,
         micro_batch=arguments.train_batch_size * arguments.world_size,
         accumulation=arguments.gradient_accumulation_steps,
         drop_last=arguments.dataloader_drop_last,

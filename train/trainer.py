@@ -24,7 +24,8 @@ from train.averages import WeightAverage
 from train.callbacks import KeepAverage
 from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
 from train.freeze import Group, optimizer_groups
-from train.order import PositionSampler
+from train.order import Order, make_order
+from train.packing import Packing
 from train.phases import PhaseSwitch, follow_phases
 from vlm.errors import UserError
 
@@ -35,14 +36,22 @@ class Window:
 
     samples: int = 0
     tokens: Any = 0.0  # supervised; a tensor, so that counting does not wait for the device
+    positions: int = 0  # of rows, padding included
+    real: Any = 0  # positions that are no padding; a tensor where there may be some
     start: float = field(default_factory=time.perf_counter)
 
+    def add_rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """Count the positions of a micro-batch (B, L); without a mask none is padding."""
+        self.positions += input_ids.numel()
+        self.real += input_ids.numel() if attention_mask is None else attention_mask.sum()
+
     def rates(self) -> dict[str, float]:
-        """Return samples and supervised tokens per second."""
+        """Return samples and supervised tokens per second, and this process's share of padding."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
             "samples_per_second": round(self.samples / seconds, 3),
             "supervised_tokens_per_second": round(float(self.tokens) / seconds, 1),
+            "padding_share": round(1 - float(self.real) / max(1, self.positions), 4),
         }
 
 
@@ -95,6 +104,7 @@ class VlmTrainer(SealingTrainer):
         groups: from `train.freeze.freeze`.
         on_skip: called with every record that was left out of a batch of this rank.
         length_window: optimizer steps within which rows of like length come together; 0: none.
+        packing: how rows are filled with several records; None: each has its own.
         starts: steps done when each of the groups' phases begins, the first 0.
         ema_decay: of the weights' average; None: none is kept.
 
@@ -109,6 +119,7 @@ class VlmTrainer(SealingTrainer):
         groups: list[Group],
         on_skip: Any,
         length_window: int = 0,
+        packing: Packing | None = None,
         starts: Sequence[int] = (0,),
         ema_decay: float | None = None,
         **kwargs: Any,
@@ -125,11 +136,7 @@ class VlmTrainer(SealingTrainer):
         if len(starts) > 1:
             self.add_callback(PhaseSwitch(groups, starts, self.args.weight_decay))
         self.window = Window()
-        micro_batch = self.args.train_batch_size * self.args.world_size
-        window = length_window * micro_batch * self.args.gradient_accumulation_steps
-        self.sampler = PositionSampler(
-            len(dataset), dataset.num_tokens, window, micro_batch, self.args.seed
-        )
+        self.sampler = make_order(dataset, self.args, length_window, packing)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over the freeze plan's groups."""
@@ -165,18 +172,32 @@ class VlmTrainer(SealingTrainer):
         loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
         return loader
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> PositionSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self.sampler
 
+    def _run_epoch(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *, epoch: int, **kwargs: Any
+    ) -> None:
+        """Tell the order its epoch: accelerate does not where ranks go on within one."""
+        self.sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Count supervised tokens of the whole step; at least 1, for a step of skipped records."""
+        """Return what the whole step's loss is divided by: its supervised tokens, or their weights.
+
+        At least 1, for a step of skipped records.
+        """
         count = super()._get_num_items_in_batch(batch_samples, device)
         assert isinstance(count, Tensor), "the model must take num_items_in_batch"
+        self.window.tokens += count
+        if "loss_weights" in batch_samples[0]:
+            weights = torch.stack([batch["loss_weights"].sum() for batch in batch_samples])
+            count = self._over_processes(weights.sum().to(device))
         return count.clamp(min=1)
 
-    def _num_supervised(self, num_items: Tensor) -> Tensor:
-        """Return the supervised tokens of what `_get_num_items_in_batch` counted."""
-        return num_items
+    def _over_processes(self, counts: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        return cast(Tensor, self.accelerator.reduce(counts, "sum"))
 
     def final_figures(self) -> dict[str, Any]:
         """Return what to note in the manifest when the stage ends; asked of the main process."""
@@ -198,8 +219,7 @@ class VlmTrainer(SealingTrainer):
             inputs["record_ids"] = record_ids
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.window.samples += len(record_ids) * self.args.world_size
-        supervised = self._num_supervised(num_items_in_batch)
-        self.window.tokens += supervised / self.current_gradient_accumulation_steps
+        self.window.add_rows(inputs["input_ids"], inputs.get("attention_mask"))
         if not bool(torch.isfinite(loss)):
             raise UserError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}, in the batch "

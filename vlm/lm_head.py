@@ -4,6 +4,7 @@ Shapes: B batch, L sequence, R supervised rows, E language-model width, V vocabu
 """
 
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ def supervised_loss(
     vocab_size: int,
     num_items: Tensor | int | None = None,
     new_document: Tensor | None = None,
+    weights: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """Return the next-token cross-entropy over the supervised positions only.
@@ -64,10 +66,11 @@ def supervised_loss(
         labels: (B, L) ids, IGNORE where nothing is learnt; shifted here.
         head: hidden rows (R, E) -> logits (R, V).
         vocab_size: V.
-        num_items: what the sum is divided by (supervised tokens over accumulation and ranks);
-            None: by those of this batch.
+        num_items: what the sum is divided by (supervised tokens, or their weights, over
+            accumulation and ranks); None: by those of this batch.
         new_document: (B, L - 1) True where position t + 1 starts another packed document, which
             position t must not be asked to predict.
+        weights: (B, L) what each label's loss is multiplied by; None: 1.
         chunk_elements: how many logits may exist at once.
     """
     targets = labels[:, 1:]
@@ -75,21 +78,30 @@ def supervised_loss(
         targets = targets.masked_fill(new_document, IGNORE)
     learnt = targets != IGNORE
     rows, targets = hidden[:, :-1][learnt], targets[learnt]  # (R, E), (R,)
+    scales = None if weights is None else weights[:, 1:][learnt]  # (R,)
 
-    def chunk_sum(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
-        return F.cross_entropy(head(chunk).float(), chunk_targets, reduction="sum")
+    def chunk_sum(chunk: Tensor, chunk_targets: Tensor, chunk_scales: Tensor | None) -> Tensor:
+        if chunk_scales is None:
+            return F.cross_entropy(head(chunk).float(), chunk_targets, reduction="sum")
+        losses = F.cross_entropy(head(chunk).float(), chunk_targets, reduction="none")
+        return (losses * chunk_scales).sum()
 
     size = max(1, chunk_elements // vocab_size)
     if len(rows) <= size:
-        total = chunk_sum(rows, targets) if len(rows) else rows.sum().float()
+        total = chunk_sum(rows, targets, scales) if len(rows) else rows.sum().float()
     else:
+        chunks = (
+            rows.split(size),
+            targets.split(size),
+            repeat(None) if scales is None else scales.split(size),
+        )
         sums = [
-            checkpoint(chunk_sum, chunk, chunk_targets, use_reentrant=False)
-            for chunk, chunk_targets in zip(rows.split(size), targets.split(size), strict=True)
+            checkpoint(chunk_sum, *chunk, use_reentrant=False)
+            for chunk in zip(*chunks, strict=False)
         ]
         total = torch.stack(sums).sum()
     if num_items is None:
-        return total / max(1, len(rows))
+        num_items = max(1, len(rows)) if scales is None else scales.sum().clamp(min=1)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(total.device)
     return total / num_items

@@ -213,6 +213,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         record_ids: Sequence[str] | None = None,
@@ -234,8 +235,9 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             qformer_input_ids: (n, L') each image's instruction, where the connector reads it.
             qformer_attention_mask: (n, L') 0 on padding of these.
             labels: (B, L) ids to predict, -100 elsewhere; unshifted.
+            loss_weights: (B, L) what each label's loss is multiplied by; None: 1.
             logits_to_keep: how many last positions get logits (0: all), or their indices.
-            num_items_in_batch: divides the summed loss; None: the mean of this batch.
+            num_items_in_batch: divides the summed loss; None: the (weighted) mean of this batch.
             record_ids: names of the rows, for errors.
             **kwargs: to the language model.
 
@@ -268,6 +270,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
                 self.config.text_config.vocab_size,
                 num_items_in_batch,
                 document_starts(position_ids, attention_mask),
+                loss_weights,
             )
         else:
             logits = self.compute_logits(slice_logits_to_keep(hidden, logits_to_keep))

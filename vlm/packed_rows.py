@@ -41,6 +41,12 @@ def document_lengths(position_ids: Tensor, attention_mask: Tensor | None) -> Ten
     return lengths.scatter_add_(1, document, torch.ones_like(document, dtype=torch.int32))
 
 
+def document_numbers(lengths: Tensor) -> Tensor:
+    """Return which document of its row each token is in, (B, L), from their lengths (B, S)."""
+    numbers = torch.arange(lengths.shape[1])
+    return torch.stack([numbers.repeat_interleave(row) for row in lengths])
+
+
 def _real_and_first(position_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return (B, L) which tokens are no padding, and which begin a document."""
     real = torch.ones_like(position_ids, dtype=torch.bool)

@@ -248,7 +248,12 @@ class VlmProcessor(ProcessorMixin):
             encoded: one dict per row.
             padding_side: "right" to train, "left" to generate.
         """
-        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORE}
+        fill = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "labels": IGNORE,
+            "loss_weights": 0.0,
+        }
         batch = {}
         for key, value in fill.items():
             if key in encoded[0]:
@@ -276,6 +281,8 @@ class VlmProcessor(ProcessorMixin):
             "position_ids": torch.cat(positions)[None],
             "labels": torch.cat(labels)[None],
         }
+        if "loss_weights" in encoded[0]:
+            batch["loss_weights"] = torch.cat([row["loss_weights"] for row in encoded])[None]
         return batch | self._join_images(encoded)
 
     def _join_images(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -77,3 +77,8 @@ def _check_order(run: Run) -> None:
                 f"stages.{stage['name']}.length_window is {stage['length_window']}: the order of "
                 "records would then depend on how many tokens a picture takes; set it to 1 or 0"
             )
+        if isinstance(stage.get("packed"), dict):
+            raise UserError(
+                f"stages.{stage['name']}.packed fills rows to a length: which records share a step "
+                "would then depend on how many tokens a picture takes; set it to true or false"
+            )

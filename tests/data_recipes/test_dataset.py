@@ -249,6 +249,27 @@ def test_features_stand_in_place_of_pictures_also_where_there_are_none(make_data
     assert batch["vision_features"][1].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind, power", [("sample", 1.0), ("square", 0.5)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_of_a_records_tokens(kind, power, packed, make_dataset):
+    dataset = make_dataset([row(0), row(1, answer="A cat and a dog.")])
+    items = [dataset[0], dataset[1]]
+    batch = Collator(dataset.processor, packed, loss_weight=kind)(items)
+    learnt = [int((item["labels"] != IGNORED).sum()) for item in items]
+    assert len(set(learnt)) == 2
+    weights = batch["loss_weights"]
+    assert torch.equal(weights != 0, batch["labels"] != IGNORED)
+    for n in learnt:
+        assert int(torch.isclose(weights, torch.tensor(n**-power)).sum()) == n
+    assert float(weights.sum()) == pytest.approx(sum(n ** (1 - power) for n in learnt))
+
+
+def test_a_batch_of_skipped_records_has_no_weight(make_dataset):
+    dataset = make_dataset([row(0)])
+    assert not Collator(dataset.processor, loss_weight="square")([])["loss_weights"].any()
+    assert "loss_weights" not in Collator(dataset.processor)([])
+
+
 def test_works_in_worker_processes(make_dataset):
     dataset = make_dataset([row(i) for i in range(6)])
     loader = torch.utils.data.DataLoader(

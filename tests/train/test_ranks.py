@@ -1,40 +1,130 @@
-"""Do two processes with half the batch each learn what one with the whole batch learns?"""
+"""Does a step learn the same however its records are cut into micro-batches, rows and ranks?"""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from train.callbacks import read_log
 from vlm.cli import main
 
+SIZE = "--stages.instruct.training.per_device_train_batch_size"
 
-@pytest.mark.slow
-def test_two_ranks_equal_one(tree, write_recipe, tmp_path):
-    del tree["stages"][0]
-    tree["stages"][0]["training"]["use_cpu"] = True
-    recipe = str(write_recipe(tree))
-    size = "--stages.instruct.training.per_device_train_batch_size"
-    assert main(["train", recipe, size, "4", "--output_dir", str(tmp_path / "one")]) == 0
+
+def train_on_two(*words):
+    """Run `python -m train` in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--master-port", str(port), "-m", "train", recipe]
+    torchrun += ["--master-port", str(port), "-m", "train", *words]
     result = subprocess.run(
-        [*torchrun, size, "2", "--output_dir", str(tmp_path / "two")],
+        torchrun,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    logs = [
-        read_log(tmp_path / name / "instruct" / "training_log.jsonl") for name in ("one", "two")
-    ]
-    losses = [[line["loss"] for line in log] for log in logs]
-    assert len(losses[0]) == 8
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def losses(folder):
+    return [line["loss"] for line in read_log(folder / "instruct" / "training_log.jsonl")]
+
+
+@pytest.fixture
+def one_stage(tree):
+    del tree["stages"][0]
+    tree["stages"][0]["training"]["use_cpu"] = True
+    return tree
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(one_stage, write_recipe, tmp_path):
+    recipe = str(write_recipe(one_stage))
+    assert main(["train", recipe, SIZE, "4", "--output_dir", str(tmp_path / "one")]) == 0
+    train_on_two(recipe, SIZE, "2", "--output_dir", str(tmp_path / "two"))
+    assert len(losses(tmp_path / "one")) == 8
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+@pytest.fixture
+def sgd_step(one_stage):
+    """One step of plain SGD at rate 1: what the weights change by is the gradient."""
+    stage = one_stage["stages"][0]
+    stage["trainable"] = {"connector": 1.0, "language_model": 1.0}
+    plain = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    stage["training"] |= {**plain, "max_steps": 1}
+    return one_stage
+
+
+def weights(folder):
+    tensors = load_file(folder / "instruct" / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def words_of(folder, size, steps, *words):
+    accumulation = "--stages.instruct.training.gradient_accumulation_steps"
+    return [SIZE, str(size), accumulation, str(steps), "--output_dir", str(folder), *words]
+
+
+@pytest.mark.parametrize("loss_weight", ["token", "square"])
+def test_micro_batches_and_accumulation_give_one_gradient(
+    loss_weight, sgd_step, write_recipe, tmp_path
+):
+    sgd_step["stages"][0]["loss_weight"] = loss_weight
+    recipe = str(write_recipe(sgd_step))
+    found = []
+    for size, steps, packed in ((1, 8, "false"), (2, 4, "false"), (8, 1, "false"), (4, 2, "true")):
+        folder = tmp_path / f"{size}x{steps}"
+        words = words_of(folder, size, steps, "--stages.instruct.packed", packed)
+        assert main(["train", recipe, *words]) == 0
+        found.append(weights(folder))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+    other = tmp_path / "other"
+    words = words_of(other, 8, 1, "--stages.instruct.loss_weight", "sample")
+    assert main(["train", recipe, *words]) == 0
+    assert (weights(other) - found[0]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_gradient(sgd_step, write_recipe, tmp_path):
+    sgd_step["stages"][0]["loss_weight"] = "square"
+    recipe = str(write_recipe(sgd_step))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["train", recipe, *words_of(one, 8, 1)]) == 0
+    train_on_two(recipe, *words_of(two, 2, 2))
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_filled_rows_on_two_ranks_and_a_resume_in_the_second_epoch(
+    one_stage, write_recipe, tmp_path
+):
+    stage = one_stage["stages"][0]
+    stage |= {"packed": {"length": 160, "window": 10}, "loss_weight": "square"}
+    stage["training"] |= {"max_steps": 12, "save_steps": 4, "save_total_limit": 5}
+    recipe = str(write_recipe(one_stage))
+    one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
+    assert main(["train", recipe, SIZE, "2", "--output_dir", str(one)]) == 0
+    train_on_two(recipe, SIZE, "1", "--output_dir", str(two))
+    assert len(losses(one)) == 12
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+    shutil.copytree(two, cut)
+    manifest = json.loads((cut / "instruct" / "manifest.json").read_text())
+    (cut / "instruct" / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    shutil.rmtree(cut / "instruct" / "checkpoints" / "checkpoint-12")
+    train_on_two(recipe, SIZE, "1", "--output_dir", str(cut))
+    assert losses(cut) == losses(two)
+    assert torch.equal(weights(cut), weights(two))
+    records = [json.loads((run / "instruct" / "manifest.json").read_text()) for run in (one, cut)]
+    assert records[0]["records"] == records[1]["records"]

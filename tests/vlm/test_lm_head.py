@@ -72,6 +72,24 @@ def test_chunks_change_neither_loss_nor_gradients_nor_hold_all_logits(chunk_rows
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_elements", [2**20, 22])
+@pytest.mark.parametrize("num_items", [None, 7.0])
+def test_weighted_losses(chunk_elements, num_items) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 6, 3), torch.nn.Linear(3, 11)
+    labels = torch.randint(0, 11, (2, 6))
+    labels[0, :3] = labels[1, 4:] = -100
+    weights = torch.rand(2, 6)
+    loss = supervised_loss(
+        hidden, labels, head, 11, num_items, weights=weights, chunk_elements=chunk_elements
+    )
+    each = F.cross_entropy(
+        head(hidden[:, :-1]).transpose(1, 2), labels[:, 1:], reduction="none"
+    )  # 0 where the label is -100
+    of = weights[:, 1:] * (labels[:, 1:] != -100)
+    torch.testing.assert_close(loss, (each * of).sum() / (num_items or of.sum()))
+
+
 def test_num_items_divides_the_sum(make_model, rows) -> None:
     model, processor = make_model()
     batch = processor.collate(rows(processor), "right")

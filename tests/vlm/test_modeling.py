@@ -93,6 +93,30 @@ def test_packed_rows_equal_separate_ones(kind, tied, attention, make_model, rows
     torch.testing.assert_close(together, each, rtol=1e-5, atol=1e-4)
 
 
+FAMILIES = {
+    "mistral": {"sliding_window": 9},
+    "qwen3": {"head_dim": 8},
+    "phi3": {},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 9},
+    "olmo2": {},
+    "granite": {"logits_scaling": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_that_the_processor_packs_equal_separate_ones(kind, make_with, rows) -> None:
+    model, processor = make_with(kind, **FAMILIES[kind])
+    separate = rows(processor)
+    packed = processor.pack(separate)
+    del packed["labels"]
+    alone = [
+        model(**processor.collate([{k: v for k, v in row.items() if k != "labels"}], "right"))
+        for row in separate
+    ]
+    expected = torch.cat([output.logits[0] for output in alone])
+    torch.testing.assert_close(model(**packed).logits[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_logits_to_keep(make_model, rows) -> None:
     model, processor = make_model()
     batch = processor.collate(rows(processor, supervise=False), "left")

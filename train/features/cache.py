@@ -69,7 +69,7 @@ def prepare_features(
     if why is None:
         # As the stage began so it goes on: the last digits of its losses may depend on it.
         settings = replace(settings, mode="always") if began_with else settings
-        looks = Looks(parts.dataset, arguments, stage.length_window)
+        looks = Looks(parts.dataset, arguments, stage.length_window, stage.packing)
         later = later_looks(recipe, stage, looks) if settings.mode == "auto" else []
         decision, store = _filled_store(settings, parts.model, looks, later)
     if store is None:

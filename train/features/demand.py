@@ -16,6 +16,8 @@ from train.data import stage_dataset
 from train.features.plan import Demand
 from train.features.work import mean_work
 from train.objectives import NextToken
+from train.order import make_order, seen_spans
+from train.packing import Packing
 from train.recipe import Recipe, StageRecipe
 from train.steps import loaded_ahead, step_sizes, total_steps
 
@@ -28,17 +30,19 @@ class Looks:
         dataset: its records.
         arguments: of its Trainer.
         length_window: the recipe's.
+        packing: the recipe's.
     """
 
     dataset: ConversationDataset
     arguments: TrainingArguments
     length_window: int
+    packing: Packing | None
 
     def spans(self) -> list[tuple[int, int]]:
         """Return the positions [start, stop) of the mixture that the stage will ask for."""
-        sizes = step_sizes(self.arguments, len(self.dataset))
-        steps, ahead = total_steps(self.arguments, sizes), loaded_ahead(self.arguments)
-        return sizes.spans(steps, self.length_window, ahead)
+        order = make_order(self.dataset, self.arguments, self.length_window, self.packing)
+        steps = total_steps(self.arguments, step_sizes(self.arguments, len(order)))
+        return seen_spans(order, self.arguments, steps, loaded_ahead(self.arguments))
 
     def pictures(self) -> dict[Shown, int]:
         """Return how often it looks at each picture."""
@@ -70,7 +74,7 @@ def later_looks(recipe: Recipe, stage: StageRecipe, now: Looks) -> list[Looks]:
         arguments = training_arguments(recipe, later, Path(recipe.output_dir) / later.name)
         if (arguments.bf16, arguments.fp16) == (now.arguments.bf16, now.arguments.fp16):
             dataset = stage_dataset(later, now.dataset.processor, recipe.seed)
-            found.append(Looks(dataset, arguments, later.length_window))
+            found.append(Looks(dataset, arguments, later.length_window, later.packing))
     return found
 
 
@@ -95,8 +99,9 @@ def demand_of(
         view_bytes: of a view's features.
     """
     spans = looks.spans()
+    shown = (spans[0][0], min(spans[-1][1], len(looks.dataset))) if spans else (0, 0)
     recomputed = bool(looks.arguments.activation_checkpointing)
-    work = mean_work(model, looks.dataset, next(iter(spans), (0, 0)), recomputed)
+    work = mean_work(model, looks.dataset, shown, recomputed)
     readings = sum(times.values())
     again = [counts for each in later for counts in each.pictures().items()]
     return Demand(

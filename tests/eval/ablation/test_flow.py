@@ -285,6 +285,9 @@ def test_an_order_that_depends_on_the_tokens_is_refused(fake, ablate, base):
     base["stages"][0]["length_window"] = 4
     with pytest.raises(UserError, match="length_window is 4"):
         ablate("--vary", "connector=mlp,pooling")
+    base["stages"][0] |= {"length_window": 0, "packed": {"length": 512, "window": 1024}}
+    with pytest.raises(UserError, match="packed fills rows to a length"):
+        ablate("--vary", "connector=mlp,pooling")
 
 
 def test_two_at_once_and_foreign_folders_are_refused(tmp_path, fake, ablate):

@@ -97,6 +97,7 @@ def test_same_losses_and_no_picture_is_decoded_twice(run, decodes):
         ["--stages.align.training.bf16", "true"],
         ["--stages.align.length_window", "2"],
         ["--stages.align.packed", "true"],
+        ["--stages.align.packed", "{length: 300, window: 8}"],
         ["--model.tiling.type", "anyres"],
         ["--stages.align.training.activation_checkpointing", "true"],
     ],
