@@ -155,6 +155,11 @@ def make_plan(recipe: Recipe, options: Options, only: str | None = None) -> Plan
             f"stages.{beside[0]}: an adapter or quantised weights cannot be planned yet; plan it "
             f"in full: --stages.{beside[0]}.adapter null --model.quantization null"
         )
+    if filled := [stage.name for stage in planned if stage.packing is not None]:
+        raise UserError(
+            f"stages.{filled[0]}: rows filled to a length cannot be planned yet; plan the records "
+            f"of a micro-batch as one row: --stages.{filled[0]}.packed true"
+        )
     skeleton = build_skeleton(recipe.model, options.attention)
     stages = [plan_stage(recipe, stage, skeleton, options) for stage in planned]
     return Plan(

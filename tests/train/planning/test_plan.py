@@ -191,6 +191,12 @@ def test_a_checkpoint_of_ours(tree, model_folder):
     assert plan.images[0].tokens == 16
 
 
+def test_rows_filled_to_a_length_are_refused(tree):
+    tree["stages"][1]["packed"] = {"length": 64}
+    with pytest.raises(UserError, match=r"stages\.instruct: rows filled to a length .*packed true"):
+        make_plan(parse_recipe(tree, "recipe"), options())
+
+
 def test_a_missing_checkpoint_is_told(tree):
     tree["model"] = {"checkpoint": "no/where"}
     with pytest.raises(UserError, match=r"model.checkpoint: no/where"):
