@@ -2,6 +2,7 @@
 
 vlm data build scenes --help          make a data set
 vlm data check FILE_OR_MIX            read every record, count the faults
+vlm data stats FILE_OR_MIX_OR_RECIPE  lengths in tokens, pictures, shares: a table and a picture
 vlm data regroup PARQUET OUT          write a parquet file with smaller row groups
 vlm data tiles IMAGE --tiling anyres  draw what the encoder sees of an image
 """
@@ -14,13 +15,14 @@ ACTIONS: dict[str, tuple[str, str, str]] = {
     "build scenes": ("data_recipes.scenes.cli", "add_build_arguments", "run_build"),
     "check": ("data_recipes.check", "add_arguments", "run"),
     "regroup": ("data_recipes.regroup", "add_arguments", "run"),
+    "stats": ("train.data_stats", "add_arguments", "run"),  # by name: it may need a recipe
     "tiles": ("vlm.tiles_view", "add_arguments", "run"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the action; its own arguments are parsed when it is known."""
-    parser.usage = "%(prog)s {build NAME|check|regroup|tiles} ..."
+    parser.usage = "%(prog)s {build NAME|check|regroup|stats|tiles} ..."
     parser.add_argument("action", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 

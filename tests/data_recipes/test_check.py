@@ -75,7 +75,9 @@ def test_unknown_action_and_missing_file(tmp_path, capsys):
     assert "gone.json: cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["build", "scenes"], ["tiles"], ["check"], ["regroup"]])
+@pytest.mark.parametrize(
+    "words", [["build", "scenes"], ["tiles"], ["check"], ["regroup"], ["stats"]]
+)
 def test_help_of_every_action(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["data", *words, "--help"])
