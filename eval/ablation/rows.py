@@ -86,7 +86,30 @@ def _axis(word: str) -> list[Row]:
         )
     values = parse_value(f"[{text}]", f"--vary {key}")
     field = long_name(key)
-    return [Row(_label(field, value), {field: _complete(field, value)}) for value in values]
+    labels = [_label(field, value) for value in values]
+    if field == SHORT["encoder"]:
+        ends = distinct_ends([value for value in values if isinstance(value, str)])
+        labels = [ends.get(label, label) for label in labels]
+    return [
+        Row(label, {field: _complete(field, value)})
+        for label, value in zip(labels, values, strict=True)
+    ]
+
+
+def distinct_ends(paths: Sequence[str]) -> dict[str, str]:
+    """Return path -> what tells it from the others: {"runs/a/encoder": "a", "runs/b/encoder": "b"}.
+
+    A single path, or a name without folders, is called by its last part.
+    """
+    parts = {path: Path(path).parts for path in paths}
+    while len(parts) > 1 and len({each[-1] for each in parts.values()}) == 1:
+        if any(len(each) == 1 for each in parts.values()):
+            break
+        parts = {path: each[:-1] for path, each in parts.items()}
+    length = 1
+    while len({each[-length:] for each in parts.values()}) < len(parts):
+        length += 1
+    return {path: "/".join(each[-length:]) for path, each in parts.items()}
 
 
 def _file(path: Path) -> list[Row]:
@@ -129,7 +152,7 @@ def _label(field: str, value: Any) -> str:
         items = value if isinstance(value, list) else [value]
         return "+".join(_component(item) for item in items)
     if field == SHORT["encoder"]:
-        return Path(value).name if isinstance(value, str) else _component(value)
+        return _component(value)
     return f"{field.rpartition('.')[2]}={_flat(value)}"
 
 

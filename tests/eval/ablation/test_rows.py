@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.ablation.rows import rows_of
+from eval.ablation.rows import distinct_ends, rows_of
 from vlm.errors import UserError
 
 CONNECTOR = "model.connector"
@@ -35,6 +35,26 @@ def test_a_folder_of_an_encoder_is_its_source(encoder_folder):
     (row,) = rows_of([f"encoder={encoder_folder}"])
     assert row.changes == {"model.vision_encoder": {"source": str(encoder_folder)}}
     assert row.name == encoder_folder.name
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a/encoder", "runs/b/encoder"], ["a", "b"]),
+        (["x/encoder", "x/other", "clip-l-336"], ["encoder", "other", "clip-l-336"]),
+        (["a/1/encoder", "b/1/encoder/", "b/2/encoder"], ["a/1", "b/1", "b/2"]),
+        (["encoder", "runs/encoder"], ["encoder", "runs/encoder"]),
+        (["runs/a/encoder"], ["encoder"]),
+        ([], []),
+    ],
+)
+def test_folders_are_called_by_what_tells_them_apart(paths, names):
+    assert list(distinct_ends(paths).values()) == names
+
+
+def test_folders_and_settings_of_encoders_may_be_mixed():
+    rows = rows_of(["encoder=runs/a/encoder,{type: patches, patch_size: 8},runs/b/encoder"])
+    assert [row.name for row in rows] == ["a", "patches(patch_size=8)", "b"]
 
 
 def test_a_file_names_its_rows_and_may_change_several_fields(tmp_path):
