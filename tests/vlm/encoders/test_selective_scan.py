@@ -120,6 +120,19 @@ def test_float32_is_near_float64(backend, length, reverse, states, channels):
     assert_near(got, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_sums_over_a_long_sequence_keep_their_digits(backend):
+    tensors = {name: x.abs() for name, x in random_scan(6000, batch=1).items()}
+    tensors["A"] = -tensors["A"]
+    weights = [torch.ones(1, 6000, 6), torch.zeros(1, 6, 4)]
+    expected = with_gradients(LAST, tensors, weights, backend="chunked")  # in float64
+    single = {name: x.float() for name, x in tensors.items()}
+    got = with_gradients(LAST, single, weights, backend=backend)
+    for name in ("grad of A", "grad of D", "grad of delta_bias"):
+        far = (got[name].double() - expected[name]).abs().max()
+        assert far < 1e-6 * expected[name].abs().max(), name
+
+
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize("without", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
 def test_options_may_be_absent(backend, without):

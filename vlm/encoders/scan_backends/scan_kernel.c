@@ -48,7 +48,6 @@ typedef struct { /* what a thread works with: one item */
     vec *u, *step, *slope, *z, *gy, *y, *decay, *states;                            /* [row] or [row][n] */
     vec *B, *C, *grad_B, *grad_C; /* B, C: floats [row][n], or vec [tile][n] if constant; gradients: vec, likewise */
 } work;
-
 INLINE vec splat(float x) { return x - (vec){0}; }
 
 /* 2^x: zero below -126, infinity from 128 on, NaN for NaN. The polynomial is exact at 0, so that thousands of decays
@@ -136,7 +135,8 @@ INLINE void ahead(const scan *s, const work *w, int64_t k, int64_t rows, int kee
 state after the block, then of the one before it. */
 INLINE void back(const scan *s, const work *w, int64_t k, int64_t rows, const int64_t N, int cB, int cC) {
     const vec *A = w->A + k * N, *B = w->B, *C = w->C;
-    vec *carry = w->state + k * N, *grad_A = w->grad_A + k * N;
+    vec *carry = w->state + k * N, sum_A[N], sum_D = {0}, sum_bias = {0}; /* of the block: long sums lose digits */
+    EACH(n, N) sum_A[n] = splat(0);
     for (int64_t t = rows - 1; t >= 0; t--) {
         vec u = w->u[t], step = w->step[t], gy = w->gy[t], added = step * u, into = {0}, exponents = {0};
         vec *grad_B = w->grad_B + (cB ? k : t) * N, *grad_C = w->grad_C + (cC ? k : t) * N;
@@ -152,12 +152,14 @@ INLINE void back(const scan *s, const work *w, int64_t k, int64_t rows, const in
             into += grad * COEFFICIENT(B, cB, k, t, n);
             carry[n] = grad * decay[n];
             vec exponent = carry[n] * old[n];
-            exponents += exponent * A[n], grad_A[n] += exponent * step;
+            exponents += exponent * A[n], sum_A[n] += exponent * step;
         }
         vec grad_step = (into * u + exponents * LN2) * w->slope[t];
-        w->grad_D[k] += gy * u, w->grad_bias[k] += grad_step;
+        sum_D += gy * u, sum_bias += grad_step;
         w->u[t] = gy * w->D[k] + into * step, w->step[t] = grad_step;
     }
+    EACH(n, N) w->grad_A[k * N + n] += sum_A[n];
+    w->grad_D[k] += sum_D, w->grad_bias[k] += sum_bias;
 }
 
 /* The common numbers of states are compiled on their own. */
@@ -238,10 +240,8 @@ static void *thread(void *argument) {
 }
 
 int scan_lanes(void) { return W; }
-/* Run it, backward if grad_y is there; 0, or 1 if there was no memory. */
-int scan_run(scan *s) {
-    pthread_t others[256];
-    int64_t started = 0;
+int scan_run(scan *s) { /* backward if grad_y is there; 0, or 1 if there was no memory */
+    int64_t started = 0; pthread_t others[256];
     while (started < least(256, s->threads - 1) && !pthread_create(others + started, NULL, thread, s)) started++;
     thread(s);
     EACH(i, started) pthread_join(others[i], NULL);
