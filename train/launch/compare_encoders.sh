@@ -1,7 +1,8 @@
 #!/bin/sh
-# Which encoder serves a small vision-language model best? The quickstart's stages once for each.
+# Which encoder serves a small vision-language model best? Base encoders of about equal size, then the
+# quickstart's stages once for each, scored and compared in one table (OUT/ablation/table.md).
 #
-#   train/launch/compare_encoders.sh [NAME...]      NAME: vit mambaout vim vmamba; all by default
+#   train/launch/compare_encoders.sh [--a.b=value...]     overrides of the recipe, for all encoders
 #
 # Needs a finished quickstart: its data and its language model are used as they are, so the encoder is
 # all that differs. Goes on where it was stopped.
@@ -10,17 +11,15 @@ vlm=${VLM:-.venv/bin/vlm}
 quickstart=${QUICKSTART:-runs/quickstart}
 out=${OUT:-runs/encoders}
 seed=${SEED:-0}
-[ $# -gt 0 ] || set -- vit mambaout vim vmamba
-for name in "$@"; do
-    folder=$out/$name-$seed
-    "$vlm" base encoder --recipe "train/recipes/base-encoder-$name.yaml" --out "$folder/encoder" \
-        --seed "$seed"
-    "$vlm" train train/recipes/quickstart.yaml --seed "$seed" --output_dir "$folder/vlm" \
-        --model.vision_encoder "{source: $folder/encoder}" \
-        --model.language_model "$quickstart/base/language_model" \
-        --stages.align.data.sources.captions.path "$quickstart/data/train/captions.jsonl" \
-        --stages.instruct.data.sources.questions.path "$quickstart/data/train/questions.jsonl" \
-        --stages.instruct.data.sources.captions.path "$quickstart/data/train/captions.jsonl"
-    "$vlm" eval "$folder/vlm/instruct" --tasks cv_bench --max-new-tokens 64 --no-blind \
-        --data "$quickstart/data/test.parquet" --out "$folder/eval"
+encoders=
+for name in ${ENCODERS:-vit mambaout vim vmamba}; do
+    folder=$out/$name/encoder
+    "$vlm" base encoder --recipe "train/recipes/base-encoder-$name.yaml" --out "$folder" --seed "$seed"
+    encoders=$encoders${encoders:+,}$folder
 done
+"$vlm" ablate train/recipes/quickstart.yaml --vary "encoder=$encoders" --seed "$seed" \
+    --data "$quickstart/data/test.parquet" --out "$out/ablation" \
+    --model.language_model "$quickstart/base/language_model" \
+    --stages.align.data.sources.captions.path "$quickstart/data/train/captions.jsonl" \
+    --stages.instruct.data.sources.questions.path "$quickstart/data/train/questions.jsonl" \
+    --stages.instruct.data.sources.captions.path "$quickstart/data/train/captions.jsonl" "$@"
