@@ -33,7 +33,8 @@ class CogVLMGLUConfig(ConnectorConfig):
     inner_dim: int | None = None  # I, the language model's own in CogVLM; None: 3.5 E, as CogVLM2's
 
     def __post_init__(self) -> None:
-        check_positive("connector 'cogvlm_glu'", inner_dim=self.inner_dim or 1)
+        inner_dim = 1 if self.inner_dim is None else self.inner_dim
+        check_positive("connector 'cogvlm_glu'", inner_dim=inner_dim)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Return (1, N + 2): the ends belong to no row.

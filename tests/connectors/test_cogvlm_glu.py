@@ -53,8 +53,9 @@ def test_an_odd_grid_is_not_merged():
         connector_token_grid({"type": "cogvlm_glu", "merge": True}, 4, 5)
     with pytest.raises(UserError, match="factor 2 does not divide"):
         make(True)([torch.randn(1, 5, 4, 5)])
-    with pytest.raises(UserError, match="inner_dim must be at least 1"):
-        build_connector({"type": "cogvlm_glu", "inner_dim": -1}, [5], 6)
+    for inner_dim in (0, -1):
+        with pytest.raises(UserError, match="inner_dim must be at least 1"):
+            build_connector({"type": "cogvlm_glu", "inner_dim": inner_dim}, [5], 6)
 
 
 def test_published_sizes():
