@@ -138,17 +138,22 @@ def share_features(runs: Sequence[Run], out: Path) -> list[Run]:
     """Return the runs with one cache for the features of frozen encoders, `out/features`.
 
     A recipe that names a folder itself is left as it is. `vlm train` decides whether the cache
-    pays, from how many runs will read it.
+    pays, from how many runs will read it: those with one encoder that sees pictures cut alike.
     """
-    encoders = Counter(repr(run.recipe["model"]["vision_encoder"]) for run in runs)
+    readers = Counter(_looks(run) for run in runs)
     shared = []
     for run in runs:
         own = run.recipe["feature_cache"]
         if own["folder"] is None:
-            readers = encoders[repr(run.recipe["model"]["vision_encoder"])]
-            own = {**own, "folder": str(out / "features"), "runs": readers}
+            own = {**own, "folder": str(out / "features"), "runs": readers[_looks(run)]}
         shared.append(replace(run, recipe={**run.recipe, "feature_cache": own}))
     return shared
+
+
+def _looks(run: Run) -> str:
+    """Return a text that is the same for runs whose encoders see the same views alike."""
+    parts = ("checkpoint", "vision_encoder", "tiling", "dtype")
+    return repr([run.recipe["model"][part] for part in parts])
 
 
 def _sources(model: Any) -> Iterator[str]:

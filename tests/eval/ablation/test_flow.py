@@ -41,6 +41,7 @@ def base(encoder_folder, language_model_folder):
             "language_model": str(language_model_folder),
             "tiling": {"type": "resize"},
             "checkpoint": None,
+            "dtype": "float32",
         },
         "stages": [{"name": "align", "length_window": 0}, {"name": "instruct", "length_window": 1}],
         "seed": 5,
@@ -195,6 +196,14 @@ def test_runs_with_one_encoder_share_its_features(tmp_path, fake, ablate, base):
     caches = [read_file(path)["feature_cache"] for path in files]
     assert len(caches) == 12 and {cache["runs"] for cache in caches} == {6}
     assert {cache["folder"] for cache in caches} == {str(tmp_path / "out/features")}
+
+
+def test_another_tiling_is_another_reader(tmp_path, fake, ablate):
+    tilings = "model.tiling.type=resize,pad"
+    ablate("--vary", "connector=mlp,linear", "--vary", tilings, "--seeds", "3")
+    files = list(tmp_path.glob("out/runs/*/seed*/recipe.yaml"))
+    assert len(files) == 12
+    assert {read_file(path)["feature_cache"]["runs"] for path in files} == {6}
 
 
 def test_a_cache_named_by_the_recipe_and_none_are_left_alone(tmp_path, fake, ablate, base):
