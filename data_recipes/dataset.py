@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from data_recipes.feature_store import FeatureStore
+from data_recipes.feature_store import FeatureStore, LostFeaturesError
 from data_recipes.image_files import ImageFile, load, locate, size_of
 from data_recipes.loss_weight import LossWeight, token_weight
 from data_recipes.mixture import Mixture, Source
@@ -85,10 +85,13 @@ class ConversationDataset(Dataset):
 
         Raises:
             UserError: the record cannot be used and `on_error` is "raise".
+            LostFeaturesError: its picture's features are gone.
         """
         number, row = self.mixture.locate(position)
         try:
             return self.encode(number, row)
+        except LostFeaturesError:
+            raise
         except UserError as error:
             if self.on_error == "raise":
                 raise
@@ -125,6 +128,8 @@ class ConversationDataset(Dataset):
         record, index = self.record(number, row), self.indexes[number]
         try:
             encoded = self._encode(record.messages, self.files(record, number))
+        except LostFeaturesError:
+            raise
         except UserError as error:
             name = f" (id {record.id!r})" if record.id else ""
             raise UserError(f"{index.where(row)}{name}: {error}") from error

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from data_recipes.image_files import ImageFile, Inside, read, size_of
+from vlm.errors import UserError
 from vlm.tiling import Size
 
 KEY_BYTES = 16
@@ -35,6 +36,10 @@ FILE = np.dtype(
     [("key", "V16"), ("picture", "V16"), ("width", "<u4"), ("height", "<u4"), ("mark", "<u8")]
 )
 ALIGNMENT = 64
+
+
+class LostFeaturesError(UserError):
+    """What was stored before the first step is gone; no fault of a record, so none is skipped."""
 
 
 @dataclass(frozen=True)
@@ -107,42 +112,38 @@ def entry_key(picture: Picture, grid: Size) -> bytes:
 
 
 class FeatureStore:
-    """Reads what was in the folder when this was made; another process that gets it reopens it."""
+    """Reads what was in the folder when this was made.
+
+    No file stays open and none is mapped: a folder may have thousands of them, and one may be
+    larger than the memory that the system lends to a map.
+    """
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder = folder
         self.layout = layout
-        self._shards: list[Tensor] = []
-        entries, shards = [np.zeros(0, ENTRY)], [np.zeros(0, np.int64)]
+        self._writers: list[Path] = []
+        entries, writers = [np.zeros(0, ENTRY)], [np.zeros(0, np.int64)]
         files = [np.zeros(0, FILE)]
         for path in sorted(folder.glob("*.entries")):
-            entries.append(self._open(path))
-            shards.append(np.full(len(entries[-1]), len(self._shards) - 1))
+            entries.append(self._whole_entries(path))
+            writers.append(np.full(len(entries[-1]), len(self._writers)))
+            self._writers.append(path.with_suffix(".features"))
         files += [_records(path, FILE) for path in sorted(folder.glob("*.files"))]
         self._entries = _Table(np.concatenate(entries))
-        self._shard_of = np.concatenate(shards)[self._entries.order]
+        self._writer_of = np.concatenate(writers)[self._entries.order]
         self._files = _Table(np.concatenate(files))
 
     def __len__(self) -> int:
         """Number of entries; a picture that was stored twice counts twice."""
         return len(self._entries.rows)
 
-    def __reduce__(self) -> tuple:
-        """Reopen in another process: a memory map cannot be pickled."""
-        return FeatureStore, (self.folder, self.layout)
-
-    def _open(self, path: Path) -> np.ndarray:
-        """Map a writer's features and return its records, without those that reach beyond them."""
+    def _whole_entries(self, path: Path) -> np.ndarray:
+        """Return a writer's records, without those that reach beyond its features."""
         records, features = _records(path, ENTRY), path.with_suffix(".features")
         size = features.stat().st_size if features.exists() else 0
         views, numbers = np.unique(records["views"], return_inverse=True)
         lengths = [self.layout.entry_bytes(count) for count in views.tolist()]
-        whole = records["offset"] + np.array(lengths, np.uint64)[numbers] <= size
-        if whole.any():
-            # Private, because torch warns of memory that cannot be written.
-            mapped = torch.from_file(str(features), shared=False, size=size, dtype=torch.uint8)
-            self._shards.append(mapped)
-        return records[whole]
+        return records[records["offset"] + np.array(lengths, np.uint64)[numbers] <= size]
 
     def known(self, file: ImageFile) -> Picture | None:
         """Return the picture of a file whose state is known, without reading the file.
@@ -170,12 +171,27 @@ class FeatureStore:
         return self._entries.find(entry_key(picture, grid)) is not None
 
     def features(self, picture: Picture, grid: Size) -> list[Tensor] | None:
-        """Return the maps (T, H, W, D) of a picture cut into (rows, cols), views of the file."""
+        """Return the maps (T, H, W, D) of a picture cut into (rows, cols).
+
+        Raises:
+            LostFeaturesError: they were deleted after this was made.
+        """
         place = self._entries.find(entry_key(picture, grid))
         if place is None:
             return None
-        row, raw = self._entries.rows[place], self._shards[self._shard_of[place]]
-        return self.layout.read(raw[int(row["offset"]) :], int(row["views"]))
+        row, path = self._entries.rows[place], self._writers[self._writer_of[place]]
+        offset, views = int(row["offset"]), int(row["views"])
+        length = self.layout.entry_bytes(views)
+        try:
+            raw = np.fromfile(path, np.uint8, length, offset=offset)
+        except FileNotFoundError:
+            raw = np.zeros(0, np.uint8)
+        if len(raw) < length:
+            raise LostFeaturesError(
+                f"{path}: stored features were deleted while they were in use; "
+                "the same command stores them again and goes on"
+            )
+        return self.layout.read(torch.from_numpy(raw), views)
 
 
 class _Table:

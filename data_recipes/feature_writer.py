@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_recipes.feature_store import ENTRY, FILE, MARK, Layout, Picture, entry_key
+from vlm.errors import UserError
 from vlm.tiling import Size
 
 FLUSH_BYTES = 64 << 20  # a writer that is killed loses this much at most
@@ -51,7 +52,7 @@ class FeatureWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._open, _told_if_full():
+        with self._told(), self._open:  # on a full disk a stream's close fails, too
             if kind is not NoRoomError:
                 self.flush()
 
@@ -60,6 +61,7 @@ class FeatureWriter:
 
         Raises:
             NoRoomError: they do not fit; what was flushed before stays.
+            UserError: the folder cannot be written.
         """
         views = len(maps[0])
         raw = torch.zeros(self.layout.entry_bytes(views), dtype=torch.uint8)
@@ -91,6 +93,7 @@ class FeatureWriter:
 
         Raises:
             NoRoomError: the disk is full.
+            UserError: the folder cannot be written.
         """
         self._sync("features")
         for name, records in self._records.items():
@@ -106,7 +109,7 @@ class FeatureWriter:
             raise NoRoomError
 
     def _write(self, name: str, data: bytes) -> None:
-        with _told_if_full():
+        with self._told():
             if name not in self._streams:
                 path = self.folder / f"{self._name}.{name}"
                 self._streams[name] = self._open.enter_context(path.open("xb"))
@@ -114,9 +117,22 @@ class FeatureWriter:
 
     def _sync(self, name: str) -> None:
         if name in self._streams:
-            with _told_if_full():
+            with self._told():
                 self._streams[name].flush()
                 os.fsync(self._streams[name].fileno())
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn a full disk's error into NoRoomError, any other of the folder's into UserError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                raise NoRoomError from error
+            raise UserError(
+                f"features cannot be written to {self.folder} ({error.strerror}); "
+                "make it writable, or choose another feature_cache.folder"
+            ) from error
 
 
 def _record(kind: np.dtype, key: bytes) -> np.ndarray:
@@ -124,14 +140,3 @@ def _record(kind: np.dtype, key: bytes) -> np.ndarray:
     record = np.zeros(1, kind)
     record["key"], record["mark"] = np.frombuffer(key, "V16"), MARK
     return record
-
-
-@contextmanager
-def _told_if_full() -> Iterator[None]:
-    """Turn a full disk's error into NoRoomError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise NoRoomError from error
-        raise

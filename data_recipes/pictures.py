@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_recipes.feature_store import FeatureStore, Picture, content_of, state_of
+from data_recipes.feature_store import (
+    FeatureStore,
+    LostFeaturesError,
+    Picture,
+    content_of,
+    state_of,
+)
 from data_recipes.image_files import ImageFile, load, read
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
@@ -66,11 +72,18 @@ class PictureViews(Dataset):
         return Views(picture, state, grid, self.image_processor.normalize(views))
 
 
-def is_stored(shown: Shown, image_processor: VlmImageProcessor, store: FeatureStore) -> bool:
-    """Return whether a file's state is known and the features of its picture are stored."""
+def is_stored(
+    shown: Shown, image_processor: VlmImageProcessor, store: FeatureStore, reading: bool = False
+) -> bool:
+    """Return whether a file's state is known and the features of its picture are stored.
+
+    With `reading`, a file whose state is not known is read to tell which picture it holds: another
+    machine's copy of the file has a state of its own.
+    """
     try:
-        picture = store.known(shown.file)
-    except OSError:
+        known = store.identify if reading else store.known
+        picture = known(shown.file)
+    except (OSError, UserError):
         return False
     return picture is not None and store.has(
         picture, image_processor.plan(picture.size, shown.siblings).grid
@@ -83,7 +96,8 @@ def stored_features(
     """Return (width, height) of one conversation's pictures, and their maps (T, H, W, D) joined.
 
     Raises:
-        UserError: a picture is not stored: it cannot be read, or was changed meanwhile.
+        UserError: a picture cannot be read.
+        LostFeaturesError: its features are not stored (any more), or it was changed meanwhile.
     """
     sizes, maps = [], []
     for file in files:
@@ -95,7 +109,7 @@ def stored_features(
         found = store.features(picture, image_processor.plan(picture.size, len(files)).grid)
         if found is None:
             load(file)
-            raise UserError(
+            raise LostFeaturesError(
                 f"image {file} was changed after its features had been stored; "
                 "the same command stores them and goes on"
             )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_recipes.dataset import IGNORED, Collator, ConversationDataset, Skipped
-from data_recipes.feature_store import FeatureStore, Layout
+from data_recipes.feature_store import FeatureStore, Layout, LostFeaturesError
 from data_recipes.feature_writer import FeatureWriter
 from data_recipes.mixture import Source
 from data_recipes.pictures import PictureViews, Shown, is_stored
@@ -247,6 +247,12 @@ def test_features_stand_in_place_of_pictures_also_where_there_are_none(make_data
     batch = collate([items["r1"]])
     assert [tuple(each.shape) for each in batch["vision_features"]] == [(0, 4, 4, 24), (0, 2, 2, 7)]
     assert batch["vision_features"][1].dtype == torch.bfloat16
+    # What is lost is stored again by the same command, so no record is skipped for it.
+    dataset.on_error = "skip"
+    (stored,) = folder.glob("*.features")
+    stored.unlink()
+    with pytest.raises(LostFeaturesError, match="^" + str(stored)):
+        [dataset[position] for position in range(3)]
 
 
 @pytest.mark.parametrize("kind, power", [("sample", 1.0), ("square", 0.5)])

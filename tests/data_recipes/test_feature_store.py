@@ -5,12 +5,21 @@ import multiprocessing
 import os
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from data_recipes import feature_writer
-from data_recipes.feature_store import ENTRY, FeatureStore, Layout, Picture, content_of, state_of
+from data_recipes.feature_store import (
+    ENTRY,
+    FeatureStore,
+    Layout,
+    LostFeaturesError,
+    Picture,
+    content_of,
+    state_of,
+)
 from data_recipes.feature_writer import FeatureWriter, NoRoomError
 from data_recipes.pictures import PictureViews, Shown, is_stored, stored_features
 from vlm.errors import UserError
@@ -132,9 +141,41 @@ def test_a_full_disk_is_told_and_names_nothing_half_written(call, tmp_path, monk
     assert_holds(FeatureStore(tmp_path, LAYOUT), range(3 * call))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
+@pytest.mark.parametrize("count", [3, 300], ids=["within a stream's buffer", "beyond it"])
+def test_a_disk_that_is_really_full(count, tmp_path, monkeypatch):
+    """Its error comes again where a stream is closed."""
+    opened = Path.open
+
+    def on_full_disk(self, *args):
+        return opened(Path("/dev/full") if self.suffix == ".features" else self, "wb")
+
+    monkeypatch.setattr(Path, "open", on_full_disk)
+    with pytest.raises(NoRoomError), FeatureWriter(tmp_path, LAYOUT, 10**9) as writer:
+        for number in range(count):
+            writer.add(picture(number), (1, 1), maps_of(number))
+    assert len(FeatureStore(tmp_path, LAYOUT)) == 0
+
+
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"gone \(No such file or directory\); make it writable"):
         write(tmp_path / "gone", range(1))
+
+
+def test_a_file_may_be_larger_than_the_memory(tmp_path):
+    write(tmp_path, range(2))
+    (features,) = tmp_path.glob("*.features")
+    os.truncate(features, 2 << 40)
+    assert_holds(FeatureStore(tmp_path, LAYOUT), range(2))
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 9), Path.unlink])
+def test_features_that_are_deleted_while_in_use(damage, tmp_path):
+    write(tmp_path, range(2))
+    store = FeatureStore(tmp_path, LAYOUT)
+    damage(*tmp_path.glob("*.features"))
+    with pytest.raises(LostFeaturesError, match=r"\.features: stored features were deleted"):
+        store.features(picture(1), (1, 2))
 
 
 @pytest.fixture
@@ -173,6 +214,8 @@ def test_files_are_known_by_state_then_by_content(tmp_path, make_image, processo
 
     copy.write_bytes(path.read_bytes())
     assert not is_stored(Shown(str(copy), 1), processor, store)  # not without reading it
+    assert is_stored(Shown(str(copy), 1), processor, store, reading=True)
+    assert not is_stored(Shown(str(tmp_path / "gone.png"), 1), processor, store, reading=True)
     assert stored_features([copy], processor, store)[0] == sizes
     entries = len(store)
     store = store_files(folder, [copy], processor)
@@ -193,7 +236,7 @@ def test_a_changed_picture_is_noticed(tmp_path, make_image, processor):
     assert path.stat().st_size == before[1]
     assert state_of(path) != before[0]
     assert not is_stored(Shown(str(path), 1), processor, store)
-    with pytest.raises(UserError, match="was changed after its features had been stored"):
+    with pytest.raises(LostFeaturesError, match="was changed after its features had been stored"):
         stored_features([path], processor, store)
 
 

@@ -22,14 +22,14 @@ from train.features.demand import Looks, demand_of, later_looks
 from train.features.fill import fill
 from train.features.key import EncoderRun, describe_features, key_of, measure
 from train.features.plan import Decision, FeatureCache, Room, budget, decide
-from train.manifest import read_manifest
+from train.manifest import environment, read_manifest
 from train.parts import StageParts
 from train.process import is_main_process, say
 from train.recipe import Recipe, StageRecipe
 from vlm.done import write_note
 from vlm.errors import UserError
 
-DESCRIPTION = "features.json"  # what the folder's name was made of, for people
+DESCRIPTION = "features.json"  # for people: what the folder's name was made of, and who made it
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,26 @@ def _filled_store(
         why = f"max_gb {settings.max_gb:g} or the disk left no room for the last of them"
         return replace(decision, use=False, why=why), None
     store = FeatureStore(store.folder, layout)
-    left = looks.sum(len(looks.missing(store, shown, arguments.process_index + 1)))
-    if arguments.world_size > 1 and left > looks.sum(unreadable or 0):
-        raise UserError(
-            f"feature_cache.folder {root}: what one rank stored there another does not see; "
-            "choose a folder on a disk that all machines share"
-        )
+    if arguments.world_size > 1:
+        _check_all_see(store, shown, looks, unreadable or 0)
     return decision, store
+
+
+def _check_all_see(
+    store: FeatureStore, shown: Sequence[Shown], looks: Looks, unreadable: int
+) -> None:
+    """Look for what the next rank was to store; a picture of its own disk is known by its bytes.
+
+    Raises:
+        UserError: on some rank, which ends all, the features are not there.
+    """
+    neighbour = looks.arguments.process_index + 1
+    left = looks.sum(len(looks.missing(store, shown, neighbour, reading=True)))
+    if left > looks.sum(unreadable):
+        raise UserError(
+            f"feature_cache.folder {store.folder.parent}: what one rank stored there another does "
+            "not see; choose a folder on a disk that all machines share"
+        )
 
 
 def _fill(
@@ -156,8 +169,9 @@ def _make_folder(root: Path, run: EncoderRun, dataset: ConversationDataset) -> P
     folder = root / key_of(description)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / DESCRIPTION).exists():
-            write_note(folder / DESCRIPTION, description)
+        if is_main_process() and not (folder / DESCRIPTION).exists():
+            note = {"features": description, "first_writer": environment(run.device)}
+            write_note(folder / DESCRIPTION, note)
     except OSError as error:
         raise UserError(
             f"feature_cache.folder {root} cannot be written ({error.strerror}); choose another "
@@ -171,6 +185,6 @@ def _room(root: Path, looks: Looks) -> Room:
     used = free = 0
     if is_main_process():
         kinds = ("features", "entries", "files")
-        used = sum(path.stat().st_size for kind in kinds for path in root.rglob(f"*.{kind}"))
+        used = sum(path.stat().st_size for kind in kinds for path in root.glob(f"*/*.{kind}"))
         free = shutil.disk_usage(root).free
     return Room(looks.sum(used), looks.sum(free))

@@ -48,11 +48,16 @@ class Looks:
         """Return how often it looks at each picture."""
         return self.dataset.pictures(self.spans())
 
-    def missing(self, store: FeatureStore, shown: Sequence[Shown], rank: int) -> list[Shown]:
-        """Return those of a rank's share of pictures that are not stored, or in unknown files."""
+    def missing(
+        self, store: FeatureStore, shown: Sequence[Shown], rank: int, reading: bool = False
+    ) -> list[Shown]:
+        """Return those of a rank's share of pictures that are not stored, or in unknown files.
+
+        Unknown files count as far as their pictures are not stored, with `reading`.
+        """
         processor, world = self.dataset.processor.image_processor, self.arguments.world_size
         share = shown[rank % world :: world]
-        return [each for each in share if not is_stored(each, processor, store)]
+        return [each for each in share if not is_stored(each, processor, store, reading)]
 
     def sum(self, number: int) -> int:
         """Return the sum of a number over all ranks."""

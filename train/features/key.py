@@ -1,7 +1,8 @@
 """Which features are the same? What decides an encoder's numbers, as a key and in plain words.
 
 Two runs share features when encoder, weights, types and the cutting of pictures agree. Versions of
-libraries are written beside them, but they are not part of the key: they move the last digits.
+libraries stand beside them in `features.json`, but are no part of the key: they move the last
+digits.
 """
 
 import hashlib

@@ -195,6 +195,9 @@ def test_a_stage_goes_on_as_it_began(prepare):
     found, _ = prepare({"used": True})
     assert found.store is not None
     assert len(found.store) == 4
+    told = json.loads((found.store.folder / "features.json").read_text())
+    assert told["features"]["view_size"] == 32
+    assert "torch" in told["first_writer"]["versions"]
     for words in (
         ["--feature_cache.folder", "null"],
         ["--stages.align.trainable.vision_tower", "1"],
