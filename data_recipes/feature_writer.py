@@ -77,11 +77,9 @@ class FeatureWriter:
             self.flush()
 
     def note(self, state: bytes, picture: Picture) -> None:
-        """Store which picture a file in this state holds.
-
-        Raises:
-            NoRoomError: it does not fit.
-        """
+        """Store which picture a file in this state holds, if it fits; it only saves reading it."""
+        if self.budget < FILE.itemsize:
+            return
         record = _record(FILE, state)
         record["picture"] = np.frombuffer(picture.content, "V16")
         record["width"], record["height"] = picture.size

@@ -112,7 +112,7 @@ def _filled_store(
     times = looks.pictures()
     shown = list(times)
     todo = looks.missing(store, shown, arguments.process_index)
-    missing, view_bytes = looks.sum(len(todo)), layout.entry_bytes(1)
+    missing, view_bytes = looks.sum(looks.estimate(store, todo)), layout.entry_bytes(1)
     demand = demand_of(model, looks, times, missing, later, view_flops, view_bytes)
     room = _room(root, looks)
     decision = decide(settings, demand, room)

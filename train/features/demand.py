@@ -14,7 +14,7 @@ from data_recipes.pictures import Shown, is_stored
 from train.arguments import training_arguments
 from train.data import stage_dataset
 from train.features.plan import Demand
-from train.features.work import mean_work
+from train.features.work import SAMPLE, mean_work
 from train.objectives import NextToken
 from train.order import make_order, seen_spans
 from train.packing import Packing
@@ -58,6 +58,16 @@ class Looks:
         processor, world = self.dataset.processor.image_processor, self.arguments.world_size
         share = shown[rank % world :: world]
         return [each for each in share if not is_stored(each, processor, store, reading)]
+
+    def estimate(self, store: FeatureStore, unknown: Sequence[Shown]) -> int:
+        """Return about how many of these are not stored, from a few that are read.
+
+        Pictures that were moved, or copied with the features, lie in unknown files.
+        """
+        processor = self.dataset.processor.image_processor
+        few = unknown[:: max(1, -(-len(unknown) // SAMPLE))]
+        new = sum(not is_stored(each, processor, store, reading=True) for each in few)
+        return -(-len(unknown) * new // max(1, len(few)))
 
     def sum(self, number: int) -> int:
         """Return the sum of a number over all ranks."""

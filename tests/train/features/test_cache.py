@@ -186,6 +186,17 @@ def test_no_room_is_told(prepare, monkeypatch):
     assert (found.store, found.note["used"]) == (None, False)
 
 
+def test_pictures_that_were_moved_are_stored_still(prepare, tmp_path):
+    folder = prepare(None, *ALWAYS)[0].store.folder
+    for path in tmp_path.glob("[0-3].png"):
+        path.rename(tmp_path / "old.png")
+        path.write_bytes((tmp_path / "old.png").read_bytes())
+    used = sum(path.stat().st_size for path in folder.glob("*.*s"))
+    found, _ = prepare(None, *ALWAYS, "--feature_cache.max_gb", f"{used / 1e9:.12f}")
+    assert (found.note["stored"], found.note["bytes_to_write"]) == (4, 0)
+    assert found.store is not None and len(found.store) == 4
+
+
 def test_a_stage_goes_on_as_it_began(prepare):
     found, printed = prepare({"used": False}, *ALWAYS)
     assert found.store is None
