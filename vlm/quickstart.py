@@ -1,6 +1,6 @@
 """From nothing to a trained, scored, chattable model: the commands a reader would type, in order.
 
-vlm quickstart                            into runs/quickstart, 12 to 14 minutes on two CPU cores
+vlm quickstart                            into runs/quickstart, about 12 minutes on two CPU cores
 vlm quickstart --out runs/b --seed 1      other weights, data and order
 vlm quickstart --rehearse                 every step with next to no training, in about a minute
 
