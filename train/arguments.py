@@ -68,6 +68,9 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         arguments["dataloader_persistent_workers"] = False
     if arguments.get("deepspeed"):
         _require_deepspeed(where)
+    told_to = arguments["report_to"]
+    if "wandb" in ([told_to] if isinstance(told_to, str) else told_to or []):
+        _require_wandb(where)
     try:
         return TrainingArguments(
             output_dir=str(folder / "checkpoints"), seed=recipe.seed, **arguments
@@ -145,4 +148,11 @@ def _require_deepspeed(where: str) -> None:
     if find_spec("deepspeed") is None:
         raise UserError(
             f"{where}.deepspeed needs deepspeed, which comes with: make extras EXTRAS=train"
+        )
+
+
+def _require_wandb(where: str) -> None:
+    if find_spec("wandb") is None:
+        raise UserError(
+            f"{where}.report_to: wandb is not installed, which .venv/bin/pip install wandb mends"
         )

@@ -12,9 +12,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from train.averages import WeightAverage
 from vlm.done import write_flushed
 
-RATES = {
-    "samples_per_second": "samples/s",
-    "supervised_tokens_per_second": "tokens/s",
+# What the progress line tells, in this order.
+TOLD = {
+    "loss": "loss {:.4f}",
+    "validation_loss": "validation {:.4f}",
+    "supervised_tokens_per_second": "{:.0f} tokens/s",
+    "samples_per_second": "{:.1f} samples/s",
+    "padding_share": "padding {:.0%}",
+    "data_wait_share": "waiting for data {:.0%}",
+    "peak_memory_gb": "{:.2f} GB",
 }
 
 
@@ -59,8 +65,8 @@ class ProgressLine(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.bar is not None and logs and "loss" in logs:
-            told = [f"{logs[key]:.0f} {unit}" for key, unit in RATES.items() if key in logs]
-            self.bar.set_postfix_str(", ".join([f"loss {float(logs['loss']):.4f}", *told]))
+            told = [text.format(float(logs[key])) for key, text in TOLD.items() if key in logs]
+            self.bar.set_postfix_str(", ".join(told))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:

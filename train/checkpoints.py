@@ -15,6 +15,8 @@ from vlm.on_base import read_base, stands_on_base
 
 PREFIX = "checkpoint-"
 NOTE = "complete.json"
+LOSSES = "losses.json"  # of the last steps, see `train.spikes`
+STATE = (NOTE, LOSSES, "trainer_state.json")  # what a model's folder does not hold
 
 
 def step_of(folder: Path) -> int:
@@ -36,7 +38,7 @@ def is_full_disk(error: Exception) -> bool:
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy what a checkpoint holds beside the state of training: model, processor, template."""
     for path in checkpoint.iterdir():
-        state = path.suffix in (".pt", ".pth") or path.name in (NOTE, "trainer_state.json")
+        state = path.suffix in (".pt", ".pth") or path.name in STATE
         if path.is_file() and not state:
             shutil.copy(path, folder / path.name)
     if stands_on_base(folder):

@@ -11,7 +11,7 @@ from data_recipes.dataset import ConversationDataset, Skipped, image_root
 from data_recipes.mixture import Mixture, Source
 from data_recipes.readers import open_records
 from train.objectives import QFormerStage1
-from train.recipe import StageRecipe
+from train.recipe import DataRecipe, StageRecipe
 from vlm.errors import UserError
 
 
@@ -22,6 +22,13 @@ def check_data(stage: StageRecipe, seed: int) -> None:
         UserError: a file or folder is missing, or holds no records.
     """
     _check_sources(stage.data.sources, f"stages.{stage.name}.data", seed)
+    if stage.validation is not None:
+        where = f"stages.{stage.name}.validation.data"
+        _check_sources(stage.validation.data.sources, where, seed)
+    if stage.benchmark is not None:
+        for file in stage.benchmark.data:
+            if not Path(file).is_file():
+                raise UserError(f"stages.{stage.name}.benchmark.data: {file} is no file")
     if isinstance(stage.aim, QFormerStage1) and stage.aim.held_out:
         _check_sources(stage.aim.held_out, f"stages.{stage.name}.objective.held_out", seed)
 
@@ -42,12 +49,19 @@ def _check_sources(sources: Sequence[Source], where: str, seed: int) -> None:
 
 def stage_dataset(stage: StageRecipe, processor: Any, seed: int) -> ConversationDataset:
     """Return the stage's dataset."""
+    return dataset_of(stage, stage.data, processor, seed)
+
+
+def dataset_of(
+    stage: StageRecipe, data: DataRecipe, processor: Any, seed: int
+) -> ConversationDataset:
+    """Return records as a stage sees them."""
     limits = [stage.max_length, stage.packing and stage.packing.length]
     return ConversationDataset(
-        stage.data.sources,
+        data.sources,
         processor,
         seed=seed,
-        on_error=stage.data.on_error,
+        on_error=data.on_error,
         max_length=min((limit for limit in limits if limit is not None), default=None),
     )
 

@@ -9,9 +9,11 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from data_recipes.dataset import Collator
+from train.benchmark import Benchmark
 from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
 from train.checkpoints import copy_model, newest, step_of
-from train.data import SkipNotes
+from train.data import SkipNotes, dataset_of
 from train.folders import flush_files
 from train.freeze import Group
 from train.manifest import StageManifest
@@ -22,6 +24,7 @@ from train.plot import draw_loss
 from train.process import is_main_process, say
 from train.recipe import StageRecipe
 from train.trainer import VlmTrainer
+from train.validation import Validation
 
 LOG_NAME = "training_log.jsonl"
 
@@ -33,6 +36,7 @@ def make_trainer(
     groups: list[Group],
     arguments: TrainingArguments,
     manifest: StageManifest,
+    seed: int,
 ) -> VlmTrainer:
     """Return the stage's Trainer with everything that watches it."""
     callbacks = [
@@ -55,6 +59,7 @@ def make_trainer(
         packing=stage.packing,
         starts=(0, *(change.at_step for change in stage.changes)),
         ema_decay=None if stage.ema is None else stage.ema.decay,
+        max_spike=stage.max_spike,
         data_collator=parts.collate,
         processing_class=parts.dataset.processor,
         callbacks=callbacks,
@@ -63,7 +68,21 @@ def make_trainer(
     if isinstance(trainer.sampler, PackSampler):
         told = f"{trainer.sampler.packs} rows an epoch, {trainer.sampler.fill:.1%} full"
         say(f"packed: {told}")
+    _add_measurements(trainer, stage, folder, parts, seed)
     return trainer
+
+
+def _add_measurements(
+    trainer: VlmTrainer, stage: StageRecipe, folder: Path, parts: StageParts, seed: int
+) -> None:
+    """Add what the recipe wants measured every n steps."""
+    if stage.validation is not None:
+        held_out = dataset_of(stage, stage.validation.data, parts.dataset.processor, seed)
+        collate = Collator(parts.dataset.processor, bool(stage.packed))
+        trainer.add_callback(Validation(trainer, held_out, collate, stage.validation.every))
+    if stage.benchmark is not None:
+        words = stage.benchmark.words()
+        trainer.add_callback(Benchmark(trainer, folder, words, stage.benchmark.every))
 
 
 def train_to_end(
@@ -87,8 +106,7 @@ def train_to_end(
     """
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-        if trainer.average is not None:
-            trainer.average.load(checkpoint)
+        trainer.load_more(checkpoint)
     step = 0 if checkpoint is None else step_of(checkpoint)
     ended = checkpoint if checkpoint is not None and _is_last(checkpoint) else None
     if ended is None:

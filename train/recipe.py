@@ -15,6 +15,7 @@ from connectors.registry import lookup
 from data_recipes.loss_weight import LossWeight
 from data_recipes.mixture import Source, load_mix, parse_sources
 from train.adapted import check_adapters, parse_adapter
+from train.beside import BenchmarkRecipe, EmaRecipe
 from train.features.plan import FeatureCache
 from train.freeze import PARTS
 from train.objectives import Objective, check_objectives, parse_objective, resolve_objective
@@ -70,16 +71,11 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmaRecipe:
-    """An exponential moving average of the weights, kept in float32 beside them.
+class ValidationRecipe:
+    """Records to measure the loss on, every so many optimizer steps and at the last one."""
 
-    Attributes:
-        decay: what a step leaves of it; less in the first steps, see `train.averages`.
-        use: which weights the stage ends with, its own or their average. Checkpoints have both.
-    """
-
-    decay: float = 0.999
-    use: Literal["average", "trained"] = "average"
+    data: DataRecipe
+    every: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +100,10 @@ class StageRecipe:
             `train.packing.Packing`; per_device_train_batch_size then counts such rows.
         loss_weight: what a record with n supervised tokens counts by in a step's loss: n for
             "token", 1 for "sample", sqrt(n) for "square", as in InternVL 2.5.
+        validation: what to measure the loss on meanwhile, see `ValidationRecipe`.
+        benchmark: what to score checkpoints on meanwhile, see `BenchmarkRecipe`.
+        max_spike: a step whose loss is above so many times the median of the last hundred stops the
+            run, before it reaches the weights.
         training: fields of transformers.TrainingArguments.
     """
 
@@ -119,6 +119,9 @@ class StageRecipe:
     length_window: int = 0
     packed: bool | Packing = False
     loss_weight: LossWeight = "token"
+    validation: ValidationRecipe | None = None
+    benchmark: BenchmarkRecipe | None = None
+    max_spike: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -175,6 +178,10 @@ class Recipe:
             UserError: there is none; the sentence lists the names.
         """
         return lookup("stage", name, {stage.name: stage for stage in self.stages})
+
+
+# What a stage keeps or measures beside its training.
+BESIDE = {"ema": EmaRecipe, "validation": ValidationRecipe, "benchmark": BenchmarkRecipe}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -272,23 +279,33 @@ def _parse_stage(value: Any, where: str) -> StageRecipe:
         values["trainable"] = parse_trainable(values["trainable"], f"{where}.trainable", PARTS)
     if "changes" in values:
         values["changes"] = parse_changes(values["changes"], f"{where}.changes", PARTS)
-    if values.get("ema") is not None:
-        given = _mapping(values["ema"], f"{where}.ema")
-        values["ema"] = config_from_mapping(EmaRecipe, given, f"{where}.ema")
+    for name, kind in BESIDE.items():
+        if values.get(name) is not None:
+            values[name] = _parse_beside(kind, values[name], f"{where}.{name}")
     values["adapter"] = parse_adapter(values.get("adapter"), where)
     values["objective"] = resolve_objective(values.get("objective"), f"{where}.objective")
     if isinstance(values.get("packed"), Mapping):
         values["packed"] = config_from_mapping(Packing, values["packed"], f"{where}: packed")
     stage = config_from_mapping(StageRecipe, values, where)
+    _check_stage(stage, where)
+    _check_engine(stage, where)
+    return stage
+
+
+def _check_stage(stage: StageRecipe, where: str) -> None:
+    """Refuse values that no stage can have, and those of another objective."""
     if not stage.name or Path(stage.name).name != stage.name or stage.name.startswith("."):
         raise UserError(f"{where}: name {stage.name!r} cannot be a folder's name")
     _check_rows(stage, where)
-    _check_engine(stage, where)
+    measured = [("validation", stage.validation), ("benchmark", stage.benchmark)]
+    if refused := [name for name, value in measured if value and stage.objective is not None]:
+        raise UserError(f"{where}: {refused[0]} is for stages that learn the next token")
+    if stage.max_spike is not None and stage.max_spike <= 1:
+        raise UserError(f"{where}.max_spike must be above 1, not {stage.max_spike:g}")
     if stage.chat_template is not None:
         from vlm.chat_templates import load as load_chat_template
 
         with_place(f"{where}.chat_template", load_chat_template, stage.chat_template)
-    return stage
 
 
 def _check_rows(stage: StageRecipe, where: str) -> None:
@@ -320,6 +337,17 @@ def _check_engine(stage: StageRecipe, where: str) -> None:
         )
     if stage.ema is not None and not 0 <= stage.ema.decay < 1:
         raise UserError(f"{where}.ema.decay must be in [0, 1), not {stage.ema.decay:g}")
+
+
+def _parse_beside(kind: Any, value: Any, where: str) -> Any:
+    """Check one of `BESIDE`."""
+    values = dict(_mapping(value, where))
+    if kind is ValidationRecipe and "data" in values:
+        values["data"] = _parse_data(values["data"], f"{where}.data")
+    found = config_from_mapping(kind, values, where)
+    if not isinstance(found, EmaRecipe) and found.every < 1:
+        raise UserError(f"{where}.every must be 1 or more, not {found.every}")
+    return found
 
 
 def _parse_data(value: Any, where: str) -> DataRecipe:

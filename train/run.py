@@ -94,7 +94,7 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     found = prepare_features(recipe, stage, parts, arguments, before)
     manifest = StageManifest(folder, recipe, stage, arguments.device, found.note)
     parts = with_features(parts, stage, found.store)
-    trainer = make_trainer(stage, folder, parts, groups, arguments, manifest)
+    trainer = make_trainer(stage, folder, parts, groups, arguments, manifest, recipe.seed)
     weights = "trained" if stage.ema is None else stage.ema.use
     train_to_end(trainer, checkpoint, folder, manifest, weights)
 

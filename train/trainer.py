@@ -5,9 +5,8 @@ of supervised tokens over accumulation steps and ranks, which the Trainer gather
 forward accepts it.
 """
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,35 +23,12 @@ from train.averages import WeightAverage
 from train.callbacks import KeepAverage
 from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
 from train.freeze import Group, optimizer_groups
+from train.measures import Window
 from train.order import Order, make_order
 from train.packing import Packing
 from train.phases import PhaseSwitch, follow_phases
+from train.spikes import SpikeGuard
 from vlm.errors import UserError
-
-
-@dataclass
-class Window:
-    """What happened since the last line of the log, for samples and tokens per second."""
-
-    samples: int = 0
-    tokens: Any = 0.0  # supervised; a tensor, so that counting does not wait for the device
-    positions: int = 0  # of rows, padding included
-    real: Any = 0  # positions that are no padding; a tensor where there may be some
-    start: float = field(default_factory=time.perf_counter)
-
-    def add_rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """Count the positions of a micro-batch (B, L); without a mask none is padding."""
-        self.positions += input_ids.numel()
-        self.real += input_ids.numel() if attention_mask is None else attention_mask.sum()
-
-    def rates(self) -> dict[str, float]:
-        """Return samples and supervised tokens per second, and this process's share of padding."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {
-            "samples_per_second": round(self.samples / seconds, 3),
-            "supervised_tokens_per_second": round(float(self.tokens) / seconds, 1),
-            "padding_share": round(1 - float(self.real) / max(1, self.positions), 4),
-        }
 
 
 class SealingTrainer(Trainer):
@@ -107,9 +83,12 @@ class VlmTrainer(SealingTrainer):
         packing: how rows are filled with several records; None: each has its own.
         starts: steps done when each of the groups' phases begins, the first 0.
         ema_decay: of the weights' average; None: none is kept.
+        max_spike: a step whose loss is above so many times the median of those before it stops the
+            run; None: no step does.
 
     Attributes:
         average: of the weights, on the main process alone.
+        beside_loss: what else the log's next line tells.
     """
 
     def __init__(
@@ -122,6 +101,7 @@ class VlmTrainer(SealingTrainer):
         packing: Packing | None = None,
         starts: Sequence[int] = (0,),
         ema_decay: float | None = None,
+        max_spike: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=dataset, **kwargs)
@@ -135,8 +115,11 @@ class VlmTrainer(SealingTrainer):
             self.add_callback(KeepAverage(self.average))
         if len(starts) > 1:
             self.add_callback(PhaseSwitch(groups, starts, self.args.weight_decay))
+        self.spikes = None if max_spike is None else SpikeGuard(max_spike)
+        self.step_loss, self.step_records = 0.0, list[str]()
         self.window = Window()
         self.sampler = make_order(dataset, self.args, length_window, packing)
+        self.beside_loss: dict[str, float] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over the freeze plan's groups."""
@@ -161,6 +144,15 @@ class VlmTrainer(SealingTrainer):
     def _save_more(self, checkpoint: Path) -> None:
         if self.average is not None:
             self.average.save(checkpoint)
+        if self.spikes is not None:
+            self.spikes.save(checkpoint)
+
+    def load_more(self, checkpoint: Path) -> None:
+        """Go on with what was kept in a checkpoint beside what the Trainer keeps."""
+        if self.average is not None:
+            self.average.load(checkpoint)
+        if self.spikes is not None:
+            self.spikes.load(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         """Give the loader a generator of its own.
@@ -199,6 +191,12 @@ class VlmTrainer(SealingTrainer):
         """Return the sum over all processes."""
         return cast(Tensor, self.accelerator.reduce(counts, "sum"))
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """Take a step's micro-batches, and count the time that the loader takes."""
+        return super().get_batch_samples(self.window.timed(epoch_iterator), num_batches, device)
+
     def final_figures(self) -> dict[str, Any]:
         """Return what to note in the manifest when the stage ends; asked of the main process."""
         return {}
@@ -209,7 +207,7 @@ class VlmTrainer(SealingTrainer):
         """Run one micro-batch; stop at a loss that is no number, before it reaches the weights.
 
         Raises:
-            UserError: the loss is NaN or infinite; names the step and the records.
+            UserError: the loss is NaN or infinite, or jumped; names the step and the records.
         """
         skipped: list[Skipped] = inputs.pop("skipped")
         record_ids: list[str] = inputs.pop("record_ids")
@@ -217,16 +215,30 @@ class VlmTrainer(SealingTrainer):
             self.on_skip(skip)
         if record_ids:
             inputs["record_ids"] = record_ids
+        self.window.add_rows(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.window.samples += len(record_ids) * self.args.world_size
-        self.window.add_rows(inputs["input_ids"], inputs.get("attention_mask"))
-        if not bool(torch.isfinite(loss)):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}, in the batch "
-                f"of records {', '.join(record_ids)}; nothing was written since the last "
-                "checkpoint: look at these records, or start again with a lower learning rate"
-            )
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._stop(f"became {value}", record_ids, "")
+        self.step_loss += value
+        self.step_records += record_ids
+        if self.accelerator.sync_gradients:
+            if self.spikes is not None and self.spikes.is_spike(self.step_loss):
+                jump = (
+                    f"jumped to {self.step_loss:.4g}, from a median of {self.spikes.median():.4g}"
+                )
+                raise self._stop(jump, self.step_records, ", or raise the stage's max_spike")
+            self.step_loss, self.step_records = 0.0, []
         return loss
+
+    def _stop(self, what: str, record_ids: Sequence[str], more: str) -> UserError:
+        """Return the error for a loss that must not reach the weights."""
+        return UserError(
+            f"the loss {what} at step {self.state.global_step + 1}, in the batch of records "
+            f"{', '.join(record_ids)}; nothing was written since the last checkpoint: look at "
+            f"these records, or start again with a lower learning rate{more}"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each part's learning rate and the rates since the last line."""
@@ -235,8 +247,8 @@ class VlmTrainer(SealingTrainer):
             for group in self.optimizer.param_groups:
                 name = f"learning_rate/{group['part']}"  # of its layers the highest
                 logs[name] = max(float(group["lr"]), logs.get(name, 0.0))
-            logs.update(self.window.rates())
-            self.window = Window()
+            logs.update(self.beside_loss | self.window.rates())
+            self.window, self.beside_loss = Window(), {}
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

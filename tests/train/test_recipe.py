@@ -183,6 +183,13 @@ def test_missing_deepspeed_names_the_extra(tree, write_recipe, monkeypatch):
         training_arguments(recipe, recipe.stages[0], Path("x"))
 
 
+def test_missing_wandb_is_told_before_training(tree, write_recipe, monkeypatch):
+    monkeypatch.setattr("train.arguments.find_spec", lambda name: None)
+    recipe = load_recipe(write_recipe(tree), ["--stages.align.training.report_to", "wandb"])
+    with pytest.raises(UserError, match=r"align\.training\.report_to: wandb is not installed"):
+        training_arguments(recipe, recipe.stages[0], Path("x"))
+
+
 def test_several_connectors_are_a_list(tree, write_recipe):
     tree["model"]["connector"] = [{"type": "mlp"}, {"type": "partial_lora", "rank": 4}]
     assert load_recipe(write_recipe(tree)).model.connector == tree["model"]["connector"]

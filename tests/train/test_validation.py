@@ -1,0 +1,102 @@
+"""Is the loss on held-out records right, and does measuring it leave no trace in the training?"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_recipes.dataset import Collator
+from train.callbacks import read_log
+from train.data import dataset_of
+from train.recipe import parse_recipe
+from train.validation import batches_of_rank
+from vlm.cli import main
+from vlm.loading import load_model
+
+
+@pytest.mark.parametrize(
+    "size, batch, world, expected",
+    [
+        (5, 2, 1, [[([0, 1], True), ([2, 3], True), ([4], True)]]),
+        (5, 2, 2, [[([0, 1], True), ([4], True)], [([2, 3], True), ([4], False)]]),
+        (1, 4, 3, [[([0], True)], [([0], False)], [([0], False)]]),
+    ],
+)
+def test_every_record_counts_once_and_no_process_waits(size, batch, world, expected):
+    assert [batches_of_rank(size, batch, rank, world) for rank in range(world)] == expected
+
+
+@pytest.fixture
+def measured(tree, tmp_path, make_language_model):
+    """Dropout, so that a number drawn would show; validation at steps 3, 6 and 8."""
+    del tree["stages"][0]
+    stage = tree["stages"][0]
+    stage["validation"] = {"data": stage["data"], "every": 3}
+    stage["training"] |= {"save_steps": 8, "per_device_eval_batch_size": 5, "logging_steps": 2}
+    folder = tmp_path / "dropout"
+    make_language_model(attention_dropout=0.1).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tree["model"]["language_model"]) / name, folder)
+    tree["model"]["language_model"] = str(folder)
+    return tree
+
+
+def log_of(recipe, folder, *words):
+    assert main(["train", str(recipe), "--output_dir", str(folder), *words]) == 0
+    return read_log(folder / "instruct" / "training_log.jsonl")
+
+
+def test_the_loss_is_that_of_all_records_at_once(measured, write_recipe, tmp_path):
+    log = log_of(write_recipe(measured), tmp_path / "a")
+    steps = [line["step"] for line in log if "validation_loss" in line]
+    assert steps == [3, 6, 8]
+    model, processor = load_model(tmp_path / "a" / "instruct")
+    stage = parse_recipe(measured, "here").stages[0]
+    dataset = dataset_of(stage, stage.data, processor, 7)
+    batch = Collator(processor)([dataset[p] for p in range(len(dataset))])
+    del batch["skipped"], batch["record_ids"]
+    with torch.no_grad():
+        expected = model.eval()(**batch).loss.item()
+    assert log[-1]["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert log[-1]["validation_loss"] < log[1]["validation_loss"]
+
+
+def test_packed_rows_have_the_same_loss(measured, write_recipe, tmp_path):
+    recipe = write_recipe(measured)
+    padded = log_of(recipe, tmp_path / "a")
+    packed = log_of(recipe, tmp_path / "b", "--stages.instruct.packed", "true")
+    assert packed[-1]["validation_loss"] == pytest.approx(padded[-1]["validation_loss"], rel=1e-4)
+    assert packed[-1]["padding_share"] == 0 < padded[-1]["padding_share"] < 1
+
+
+def test_it_leaves_no_trace(measured, write_recipe, tmp_path):
+    recipe = write_recipe(measured)
+    log_of(recipe, tmp_path / "with")
+    log_of(recipe, tmp_path / "without", "--stages.instruct.validation", "null")
+    weights = [
+        (tmp_path / name / "instruct" / "model.safetensors").read_bytes()
+        for name in ("with", "without")
+    ]
+    assert weights[0] == weights[1]
+
+
+MISTAKES = {
+    "--stages.instruct.validation.every 0": ["validation.every must be 1 or more, not 0"],
+    "--stages.instruct.validation.evry 3": ["did you mean 'every'"],
+    "--stages.instruct.validation.data.sources.main.path gone.json": [
+        "stages.instruct.validation.data",
+        "gone.json",
+    ],
+    "--stages.instruct.validation.data.on_error ignore": ["'on_error' must be one of"],
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_told_before_training(words, measured, write_recipe, capsys):
+    measured["stages"][0]["validation"]["data"] = {
+        "sources": [dict(measured["stages"][0]["data"]["sources"][0])]
+    }
+    assert main(["train", str(write_recipe(measured)), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in MISTAKES[words])
