@@ -128,3 +128,21 @@ def test_filled_rows_on_two_ranks_and_a_resume_in_the_second_epoch(
     assert torch.equal(weights(cut), weights(two))
     records = [json.loads((run / "instruct" / "manifest.json").read_text()) for run in (one, cut)]
     assert records[0]["records"] == records[1]["records"]
+
+
+@pytest.mark.slow
+def test_two_ranks_over_a_change_and_with_records_held_out(one_stage, write_recipe, tmp_path):
+    """24 records held out in batches of 5: of two ranks one has a batch less."""
+    stage = one_stage["stages"][0]
+    stage["changes"] = [{"at_step": 4, "trainable": {"connector": 1e-3, "vision_tower": 1e-3}}]
+    stage["validation"] = {"data": stage["data"], "every": 3}
+    stage["ema"] = {"decay": 0.9}
+    stage["training"]["per_device_eval_batch_size"] = 5
+    recipe, one, two = str(write_recipe(one_stage)), tmp_path / "one", tmp_path / "two"
+    assert main(["train", recipe, SIZE, "4", "--output_dir", str(one)]) == 0
+    train_on_two(recipe, SIZE, "2", "--output_dir", str(two))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    logs = [read_log(run / "instruct" / "training_log.jsonl") for run in (one, two)]
+    found = [[line["validation_loss"] for line in log if "validation_loss" in line] for log in logs]
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
