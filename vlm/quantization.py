@@ -16,6 +16,7 @@ bitsandbytes 0.50.2 reads nf4 weights wrongly on a CPU where a row is not whole 
 """
 
 import math
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -116,10 +117,14 @@ def full_weight(weight: Any) -> Tensor:
     return functional.int8_vectorwise_dequant(weight.data, weight.SCB).float()
 
 
+def _bitsandbytes_nn() -> Any:
+    """Return `bitsandbytes.nn`, without types: it declares none of its layers as its own."""
+    return import_module("bitsandbytes.nn")
+
+
 def _nf4(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
     """Return a linear layer in 4 bits."""
-    from bitsandbytes import nn as bnb  # pyright: ignore[reportMissingImports]
-
+    bnb = _bitsandbytes_nn()
     layer = bnb.Linear4bit(
         *(linear.in_features, linear.out_features),
         bias=False,
@@ -144,8 +149,7 @@ def _nf4(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
 
 def _int8(linear: nn.Linear) -> nn.Module:
     """Return a linear layer in 8 bits."""
-    from bitsandbytes import nn as bnb  # pyright: ignore[reportMissingImports]
-
+    bnb = _bitsandbytes_nn()
     layer = bnb.Linear8bitLt(
         *(linear.in_features, linear.out_features),
         bias=False,

@@ -100,7 +100,7 @@ class StageCosts:
             else:
                 model.activation_checkpointing_disable()
             autocast = getattr(torch, lower) if lower and not cast else None
-            packed = self.stage.packed
+            packed = bool(self.stage.packed)  # rows filled to a length are refused before
             self._known[key] = rehearse(model, sample, setup.rows, packed, autocast)
         return self._known[key]
 
