@@ -163,6 +163,56 @@ def make_image() -> Callable[..., Image.Image]:
     return _image
 
 
+def _clip(path: Path, num_frames: int = 30, **changes: Any) -> Path:
+    """Write a clip of 64 x 48 whose frames show their numbers, a bit a bar; see `frame_number`."""
+    av = pytest.importorskip("av")
+    from fractions import Fraction
+
+    options = {"codec": "libx264", "pix_fmt": "yuv420p", "rate": 25, "gop": 10, "b_frames": 2}
+    options |= {"times_ms": None, "rotation": None, "aspect": None, **changes}
+    # keyframes where `gop` says, not where the picture changes
+    extra = {"sc_threshold": "0"} if options["codec"] == "libx264" else {}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(options["codec"], rate=options["rate"], options=extra)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, options["pix_fmt"]
+        stream.gop_size = options["gop"]
+        stream.max_b_frames = options["b_frames"]
+        if options["aspect"] is not None:
+            stream.codec_context.sample_aspect_ratio = options["aspect"]
+        if options["rotation"] is not None:
+            stream.set_display_rotation(options["rotation"])
+        if options["times_ms"] is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(num_frames):
+            bits = [number >> place & 1 for place in range(8)]
+            row = np.repeat(np.array(bits, np.uint8) * 255, 8)
+            pixels = np.broadcast_to(row[None, :, None], (48, 64, 3)).copy()
+            pixels[:16, 56:] = (255, 0, 0)  # the top right corner, to see turns
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            if options["times_ms"] is not None:
+                frame.pts, frame.time_base = options["times_ms"][number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_clip() -> Callable[..., Path]:
+    """(path, num_frames=30, codec, pix_fmt, rate, gop, b_frames, times_ms, rotation, aspect)."""
+    return _clip
+
+
+@pytest.fixture(scope="session")
+def frame_number() -> Callable[[Image.Image], int]:
+    """(frame of `make_clip`) -> its number."""
+
+    def read(image: Image.Image) -> int:
+        bars = np.asarray(image.convert("L"))[40]
+        return sum(int(bars[8 * place + 4] > 127) << place for place in range(8))
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def bert_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a WordPiece tokenizer as BERT's, of letters alone: 61 tokens."""

@@ -51,7 +51,7 @@ EXTRAS: dict[str, str] = {
     "peft": "train",
     "datasets": "eval",
     "gradio": "demo",
-    "av": "demo",
+    "av": "video",
 }
 
 USER_ERROR = 2
