@@ -20,6 +20,7 @@ TOLD = {
     "samples_per_second": "{:.1f} samples/s",
     "padding_share": "padding {:.0%}",
     "data_wait_share": "waiting for data {:.0%}",
+    "mfu": "MFU {:.1%}",
     "peak_memory_gb": "{:.2f} GB",
 }
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -17,6 +18,7 @@ from train.data import SkipNotes, dataset_of
 from train.folders import flush_files
 from train.freeze import Group
 from train.manifest import StageManifest
+from train.mfu import make_meter
 from train.order import seen_spans
 from train.pack_sampler import PackSampler
 from train.parts import StageParts
@@ -49,6 +51,11 @@ def make_trainer(
         from torch.utils.tensorboard import SummaryWriter
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+    starts = (0, *(change.at_step for change in stage.changes))
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    meter = make_meter(parts.model, groups, starts, stage.adapter, arguments.device, dtype)
+    if meter.why:
+        say(f"MFU is not told: {meter.why}")
     trainer = parts.trainer(
         model=parts.model,
         args=arguments,
@@ -57,9 +64,10 @@ def make_trainer(
         dataset=parts.dataset,
         length_window=stage.length_window,
         packing=stage.packing,
-        starts=(0, *(change.at_step for change in stage.changes)),
+        starts=starts,
         ema_decay=None if stage.ema is None else stage.ema.decay,
         max_spike=stage.max_spike,
+        meter=meter,
         data_collator=parts.collate,
         processing_class=parts.dataset.processor,
         callbacks=callbacks,

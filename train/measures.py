@@ -21,6 +21,8 @@ class Window:
         places: of the rows of this process, padding included.
         real: those of them that are no padding; a tensor as well.
         waited: seconds spent waiting for the loader.
+        flops: operations of this process, see `train.mfu`; a tensor as well.
+        peak: operations a second of its device; None: nobody knows.
         start: when it began; moved on over what is no training, such as a validation.
     """
 
@@ -29,6 +31,8 @@ class Window:
     places: int = 0
     real: Any = 0
     waited: float = 0.0
+    flops: Any = 0.0
+    peak: float | None = None
     start: float = field(default_factory=time.perf_counter)
 
     def add_rows(self, inputs: dict[str, Any]) -> None:
@@ -57,10 +61,14 @@ class Window:
         """Return what a line of the log tells of speed, waiting and memory."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         memory = peak_memory_mb()
+        reached = {}
+        if self.peak is not None:
+            reached = {"mfu": round(float(self.flops) / seconds / self.peak, 4)}
         return {
             "samples_per_second": round(self.samples / seconds, 3),
             "supervised_tokens_per_second": round(float(self.tokens) / seconds, 1),
             "padding_share": round((self.places - float(self.real)) / max(self.places, 1), 4),
             "data_wait_share": round(min(self.waited / seconds, 1.0), 4),
+            **reached,
             "peak_memory_gb": round(memory.get("device", memory["host"]) / 1e3, 3),
         }

@@ -24,6 +24,7 @@ from train.callbacks import KeepAverage
 from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
 from train.freeze import Group, optimizer_groups
 from train.measures import Window
+from train.mfu import Meter
 from train.order import Order, make_order
 from train.packing import Packing
 from train.phases import PhaseSwitch, follow_phases
@@ -85,6 +86,7 @@ class VlmTrainer(SealingTrainer):
         ema_decay: of the weights' average; None: none is kept.
         max_spike: a step whose loss is above so many times the median of those before it stops the
             run; None: no step does.
+        meter: counts what batches cost.
 
     Attributes:
         average: of the weights, on the main process alone.
@@ -102,6 +104,7 @@ class VlmTrainer(SealingTrainer):
         starts: Sequence[int] = (0,),
         ema_decay: float | None = None,
         max_spike: float | None = None,
+        meter: Meter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=dataset, **kwargs)
@@ -117,7 +120,8 @@ class VlmTrainer(SealingTrainer):
             self.add_callback(PhaseSwitch(groups, starts, self.args.weight_decay))
         self.spikes = None if max_spike is None else SpikeGuard(max_spike)
         self.step_loss, self.step_records = 0.0, list[str]()
-        self.window = Window()
+        self.meter = meter or Meter(None)
+        self.window = Window(peak=self.meter.peak)
         self.sampler = make_order(dataset, self.args, length_window, packing)
         self.beside_loss: dict[str, float] = {}
 
@@ -216,6 +220,7 @@ class VlmTrainer(SealingTrainer):
         if record_ids:
             inputs["record_ids"] = record_ids
         self.window.add_rows(inputs)
+        self.window.flops += self.meter.of(inputs, self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.window.samples += len(record_ids) * self.args.world_size
         value = loss.item()
@@ -248,7 +253,7 @@ class VlmTrainer(SealingTrainer):
                 name = f"learning_rate/{group['part']}"  # of its layers the highest
                 logs[name] = max(float(group["lr"]), logs.get(name, 0.0))
             logs.update(self.beside_loss | self.window.rates())
-            self.window, self.beside_loss = Window(), {}
+            self.window, self.beside_loss = Window(peak=self.meter.peak), {}
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

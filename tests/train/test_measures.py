@@ -60,9 +60,9 @@ class Bar:
 def test_the_line_tells_what_the_log_has():
     line = ProgressLine("align")
     line.bar = Bar()
-    logs = {"loss": 2.0, "validation_loss": 2.5, **Window().rates(), "epoch": 1.0}
+    logs = {"loss": 2.0, "validation_loss": 2.5, **Window(peak=1e9).rates(), "epoch": 1.0}
     line.on_log(None, None, None, logs)
     assert line.bar.text.startswith("loss 2.0000, validation 2.5000, 0 tokens/s")
-    for part in ("samples/s", "padding 0%", "waiting for data 0%", " GB"):
+    for part in ("samples/s", "padding 0%", "waiting for data 0%", "MFU 0.0%", " GB"):
         assert part in line.bar.text
     assert set(TOLD) < set(logs)

@@ -18,7 +18,8 @@ from vlm.cli import main
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-MEASURED = ("per_second", "data_wait_share", "peak_memory_gb")  # of the machine, not of the run
+# of the machine, not of the run
+MEASURED = ("per_second", "data_wait_share", "mfu", "peak_memory_gb")
 
 
 def log_of(folder):

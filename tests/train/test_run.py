@@ -67,7 +67,7 @@ def test_two_stages(tree, write_recipe, tmp_path, capsys):
     assert log[0]["learning_rate/connector"] == pytest.approx(
         2 * log[0]["learning_rate/language_model"]
     )
-    assert all(line["supervised_tokens_per_second"] > 0 for line in log)
+    assert all(line["supervised_tokens_per_second"] > 0 and line["mfu"] > 0 for line in log)
     assert (instruct / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((instruct / "tensorboard").glob("events*"))
     assert [path.name for path in sorted((instruct / "checkpoints").iterdir())] == [
