@@ -1,7 +1,6 @@
 """Are rows of a parquet file records like any others, read by row group, pictures apart?"""
 
 import pickle
-from io import BytesIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,18 +16,6 @@ from vlm.errors import UserError
 
 TURNS = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Yes."}]
 TEXT_TURNS = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]
-
-
-@pytest.fixture
-def picture(make_image):
-    """number -> the bytes of a PNG."""
-
-    def make(number):
-        buffer = BytesIO()
-        make_image(seed=number).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    return make
 
 
 @pytest.fixture

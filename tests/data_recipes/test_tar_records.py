@@ -18,18 +18,6 @@ TEXT = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]
 
 
 @pytest.fixture
-def picture(make_image):
-    """number -> the bytes of a PNG."""
-
-    def make(number):
-        buffer = BytesIO()
-        make_image(seed=number).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    return make
-
-
-@pytest.fixture
 def write(tmp_path):
     """({name: bytes or value}, ...) -> a tar with these members."""
 

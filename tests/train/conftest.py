@@ -1,12 +1,17 @@
 """Which tiny run do the training tests share? Two stages, 24 records, 20 steps of a second."""
 
 import json
-from collections.abc import Callable
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from vlm.cli import main
 
 QFORMER = {"type": "qformer", "num_queries": 4, "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
 QFORMER |= {"feed_forward_dim": 32, "max_num_positions": 20, "vocab_size": 60, "dropout": 0.0}
@@ -82,6 +87,36 @@ def write_recipe(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def kill_when(tmp_path: Path) -> Callable[[Sequence[Any], Callable[[], bool]], None]:
+    """(words of `vlm train`, condition): run it, and kill -9 it as soon as the condition holds.
+
+    The process is forked from this one, so that it need not import what is imported here.
+    """
+
+    def kill(words: Sequence[Any], condition: Callable[[], bool]) -> None:
+        told = tmp_path / "killed.log"
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=_train, args=(list(map(str, words)), told))
+        process.start()
+        deadline = time.monotonic() + 600  # of a process that hangs, not of a machine that is busy
+        try:
+            while not condition():
+                assert process.is_alive(), told.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.join()
+
+    return kill
+
+
+def _train(words: list[str], told: Path) -> None:
+    with told.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        main(["train", *words])
 
 
 @pytest.fixture
