@@ -12,7 +12,7 @@ Shapes: T views, H W feature grid, D encoder width, N tokens per view, E languag
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, Self, TypeVar
+from typing import ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ from connectors.key_table import Layout
 from connectors.views import NOTHING_KNOWN, Reading, TextSource, Views
 
 Face = Literal["project", "in_layer", "on_linear"]
+
+
+class TokenCells(NamedTuple):
+    """Which part of a view each of its tokens was made from: a cell of a grid over the view."""
+
+    rows: int
+    columns: int
+    cells: tuple[int, ...]  # of each token, counted row by row; -1: of no place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,16 @@ class ConnectorConfig:
             UserError: the connector cannot take such a grid.
         """
         return height, width
+
+    def token_cells(self, height: int, width: int) -> TokenCells | None:
+        """Return where in a view of (height, width) features its tokens look; None: anywhere.
+
+        Tokens in one row, (1, Q), are queries that read all features: the base takes them so.
+        """
+        rows, columns = self.token_grid(height, width)
+        if rows == 1 < min(height, columns):
+            return None
+        return TokenCells(rows, columns, tuple(range(rows * columns)))
 
     def text_source(self) -> TextSource | None:
         """Return how the text is made that the connector reads; None: it reads none."""
@@ -84,6 +102,10 @@ class Connector(nn.Module, Generic[C]):
     def view_token_grid(self, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return (rows, columns) of the tokens of one view whose feature maps have these grids."""
         return self.token_grid(*grids[0])
+
+    def view_token_cells(self, grids: Sequence[tuple[int, int]]) -> TokenCells | None:
+        """Return where the tokens look of a view whose feature maps have these grids."""
+        return self.config.token_cells(*grids[0])
 
     def num_tokens(self, height: int, width: int) -> int:
         """Return N, the exact number of tokens `project` makes from one (height, width) view."""

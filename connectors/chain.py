@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from connectors.base import Connector, ConnectorConfig
+from connectors.base import Connector, ConnectorConfig, TokenCells
 from connectors.errors import UserError
 from connectors.fusion import FusionContext, HostShape, LayerSite, LinearSite, Where
 from connectors.views import NOTHING_KNOWN, Reading, TextSource, Views
@@ -89,6 +89,18 @@ class ChainConfig(ConnectorConfig):
                 f"{taking[0]!r} takes the tokens out of it; leave one of the two"
             )
 
+    def view_token_cells(self, grids: Sequence[tuple[int, int]]) -> TokenCells | None:
+        """Return where the tokens look that stand in the sequence; taken ones do not."""
+        if self.taking is not None:
+            return None
+        return self.maker.config.token_cells(*self.maker.choose(grids)[0])
+
+    @property
+    def maker(self) -> Part:
+        """Return the part that projects features to tokens."""
+        (maker,) = (part for part in self.parts if "project" in part.connector_class.faces)
+        return maker
+
     @property
     def taking(self) -> Part | None:
         """Return the part that takes the tokens instead of the sequence."""
@@ -100,7 +112,7 @@ class ChainConfig(ConnectorConfig):
         Raises:
             UserError: a part cannot take such a grid.
         """
-        (maker,) = (part for part in self.parts if "project" in part.connector_class.faces)
+        maker = self.maker
         grid = maker.config.token_grid(*maker.choose(grids)[0])
         for part in self.parts:
             if part is maker or part.connector_class.side_kind != "tokens":
@@ -193,6 +205,10 @@ class ConnectorChain(Connector[ChainConfig]):
     def view_token_grid(self, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Return (rows, columns) of the tokens of one view whose features have these grids."""
         return self.config.view_token_grid(grids)
+
+    def view_token_cells(self, grids: Sequence[tuple[int, int]]) -> TokenCells | None:
+        """Return where the tokens look that stand in the sequence."""
+        return self.config.view_token_cells(grids)
 
     @property
     def reads(self) -> frozenset[Reading]:

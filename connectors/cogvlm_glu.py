@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from connectors.base import Connector, ConnectorConfig, join_channels, merged_grid
+from connectors.base import Connector, ConnectorConfig, TokenCells, join_channels, merged_grid
 from connectors.config import check_positive
 from connectors.key_table import KeyTable, Layout
 
@@ -42,9 +42,14 @@ class CogVLMGLUConfig(ConnectorConfig):
         Raises:
             UserError: the grid is not even, but is to be merged.
         """
+        rows, columns, _ = self.token_cells(height, width)
+        return 1, rows * columns + 2
+
+    def token_cells(self, height: int, width: int) -> TokenCells:
+        """Return where tokens look; the first and the last are of no place."""
         if self.merge:
             height, width = merged_grid("cogvlm_glu", 2, height, width)
-        return 1, height * width + 2
+        return TokenCells(height, width, (-1, *range(height * width), -1))
 
 
 class CogVLMGLUConnector(Connector[CogVLMGLUConfig]):

@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from connectors.base import Connector, ConnectorConfig, join_channels, merged_grid
+from connectors.base import Connector, ConnectorConfig, TokenCells, join_channels, merged_grid
 from connectors.errors import UserError
 
 
@@ -48,6 +48,14 @@ class PixelShuffleConfig(ConnectorConfig):
         """
         rows, columns = merged_grid("pixel_shuffle", self.factor, height, width)
         return (columns, rows) if self.version == "v1" else (rows, columns)
+
+    def token_cells(self, height: int, width: int) -> TokenCells | None:
+        """Return where tokens look: row by row, or for "v1" column by column."""
+        rows, columns = merged_grid("pixel_shuffle", self.factor, height, width)
+        if self.version == "v2":
+            return TokenCells(rows, columns, tuple(range(rows * columns)))
+        cells = (i * columns + j for j in range(columns) for i in range(rows))
+        return TokenCells(rows, columns, tuple(cells))
 
 
 def pixel_shuffle(features: Tensor, factor: int, version: Literal["v1", "v2"] = "v2") -> Tensor:

@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.answers import LETTERS, Reading, read_answer
 from eval.identity import fingerprint_processor, fingerprint_weights
-from eval.option_scores import (
+from eval.settings import AnswerSettings
+from vlm.answers import Reading, read_answer
+from vlm.option_scores import (
     Continuations,
     can_share_prefix,
     continuations,
-    option_texts,
+    options_behind,
     score_plainly,
     score_with_cache,
 )
-from eval.settings import AnswerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,25 +160,20 @@ class ModelAnswerer:
         read, "(A)", "(B)", ... follow the whole reply. Under "direct" they follow the prompt.
         """
         reason = self.settings.strategy == "reason"
-        texts: list[list[str]] = []
-        kept: list[Sequence[int]] = []  # per question, the reply's tokens before the texts
-        for question, reply, ids, reading in zip(
-            questions, replies, replies_ids, readings, strict=True
-        ):
-            if reason and reading.position is not None:
-                texts.append(option_texts(reply, reading.position, len(question.choices)))
-                kept.append(())
-            else:
-                kept.append(ids if reason else ())
-                space = " " if kept[-1] and not reply[-1:].isspace() else ""
-                letters = LETTERS[: len(question.choices)]
-                texts.append([f"{space}({letter})" for letter in letters])
-        flat = [text for row in texts for text in row]  # one call: its overhead is per call
+        found = [
+            options_behind(reply, ids, reading.position, len(question.choices))
+            if reason
+            else options_behind("", (), None, len(question.choices))
+            for question, reply, ids, reading in zip(
+                questions, replies, replies_ids, readings, strict=True
+            )
+        ]
+        flat = [text for texts, _ in found for text in texts]  # one call: its overhead is per call
         ids_of = iter(self.processor.tokenizer(flat, add_special_tokens=False)["input_ids"])
         return [
             continuations(
-                [[*before, *next(ids_of)] for _ in row],
+                [[*before, *next(ids_of)] for _ in texts],
                 ids if reason else (),
             )
-            for row, before, ids in zip(texts, kept, replies_ids, strict=True)
+            for (texts, before), ids in zip(found, replies_ids, strict=True)
         ]

@@ -1,13 +1,13 @@
 """How do other harnesses read a reply? Their rules, only to reproduce their published numbers.
 
 Both read the first letter of a word where no option letter stands ("door" becomes D), and both
-take the first of several letters. Our own reading is `eval.answers.read_answer`.
+take the first of several letters. Our own reading is `vlm.answers.read_answer`.
 """
 
 import re
 from collections.abc import Callable, Sequence
 
-from eval.answers import LETTERS
+from vlm.answers import LETTERS
 
 
 def read_as_cambrian(reply: str, choices: Sequence[str]) -> str | None:

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 
-from eval.answers import PARSER_VERSION
 from eval.gallery import draw_gallery
 from eval.report import markdown_report
 from eval.results import protocol_manifest, summarise
@@ -24,6 +23,7 @@ from eval.runner import IMAGE, Answerer, RunPlan, answer_all
 from eval.samples import SampleStore
 from eval.settings import AnswerSettings
 from eval.task import Task
+from vlm.answers import PARSER_VERSION
 from vlm.errors import UserError
 
 VERSIONED = ("vlm-suite", "torch", "transformers", "tokenizers", "numpy", "pillow", "pyarrow")

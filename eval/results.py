@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.answers import LETTERS
 from eval.foreign_answers import FOREIGN_PARSERS
 from eval.intervals import Stratum, composite, paired_difference
 from eval.protocols import Protocol
 from eval.runner import BLIND, IMAGE, RunPlan
 from eval.samples import Row, SampleStore
 from eval.task import Formula, Task
+from vlm.answers import LETTERS
 from vlm.proportions import Interval, wilson
 
 RESULTS_SCHEMA = 1

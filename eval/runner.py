@@ -15,10 +15,10 @@ from typing import Protocol as Interface
 from PIL import Image
 
 from eval.answering import Answer, Question
-from eval.answers import LETTERS
 from eval.protocols import Protocol
 from eval.samples import Row, SampleStore
 from eval.task import Example, Task
+from vlm.answers import LETTERS
 
 IMAGE, BLIND = "image", "blind"
 WINDOW_BATCHES = 8  # more sorts better and holds more decoded pictures in memory

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from eval.answers import LETTERS
 from eval.parquet_rows import ParquetRows
 from eval.task import DataFile, Example, Formula, Task
+from vlm.answers import LETTERS
 from vlm.errors import UserError
 from vlm.images import load_image
 

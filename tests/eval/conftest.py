@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 
 from eval.answering import Answer, Question
-from eval.answers import LETTERS, read_answer
+from vlm.answers import LETTERS, read_answer
 from vlm.encoders import build_vision_encoder
 from vlm.loading import assemble
 

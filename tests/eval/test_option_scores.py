@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from eval.answering import ModelAnswerer
-from eval.answers import read_answer
-from eval.option_scores import (
+from eval.settings import AnswerSettings
+from vlm.answers import read_answer
+from vlm.option_scores import (
     Continuations,
     can_share_prefix,
     continuations,
@@ -16,7 +17,6 @@ from eval.option_scores import (
     score_plainly,
     score_with_cache,
 )
-from eval.settings import AnswerSettings
 
 QUESTIONS = [
     ("Relation 1? Select from the following choices.\n(A) left\n(B) right", ("left", "right")),

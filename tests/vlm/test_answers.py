@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.answers import LETTERS, read_answer
 from eval.foreign_answers import read_as_cambrian, read_as_lmms_eval
+from vlm.answers import LETTERS, read_answer
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "fixtures/golden/answer_replies.json").read_text("utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from eval.answers import LETTERS
+from vlm.answers import LETTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,23 @@ def option_texts(reply: str, position: int, num_options: int) -> list[str]:
         prefix + (x.lower() if letter.islower() else x) + (")" if closing == ")" else "")
         for x in LETTERS[:num_options]
     ]
+
+
+def options_behind(
+    reply: str, reply_ids: Sequence[int], position: int | None, num_options: int
+) -> tuple[list[str], Sequence[int]]:
+    """Return the options' texts, and the reply's tokens that stand before them.
+
+    Args:
+        reply: what the model wrote; "" to score right behind the prompt.
+        reply_ids: its tokens.
+        position: of the letter that was read in it; None: "(A)", "(B)", ... follow the whole reply.
+        num_options: how many there are.
+    """
+    if position is not None:
+        return option_texts(reply, position, num_options), ()
+    space = " " if len(reply_ids) and not reply[-1:].isspace() else ""
+    return [f"{space}({letter})" for letter in LETTERS[:num_options]], reply_ids
 
 
 def continuations(option_ids: Sequence[Sequence[int]], reply_ids: Sequence[int]) -> Continuations:
@@ -102,9 +119,9 @@ def score_with_cache(
 
     scores = [[0.0] * len(row.ids) for row in options]
     # Options that differ in their last token alone, the usual case, are read off one forward.
-    branches = [_branches(row) for row in options]
-    for number in range(max(map(len, branches))):
-        chosen = [list(row)[min(number, len(row) - 1)] for row in branches]
+    groups = [branches(row) for row in options]
+    for number in range(max(map(len, groups))):
+        chosen = [list(row)[min(number, len(row) - 1)] for row in groups]
         width = 1 + max(map(len, chosen))
         fed = torch.zeros(batch, width, dtype=torch.long)  # (B, F)
         mask = torch.zeros(batch, width, dtype=torch.long)
@@ -122,13 +139,13 @@ def score_with_cache(
         log_probs = logits.float().log_softmax(-1).cpu()
         for i, inputs in enumerate(chosen):
             common = sum(float(log_probs[i, t, token]) for t, token in enumerate(inputs))
-            for option in branches[i][inputs]:
+            for option in groups[i][inputs]:
                 last = options[i].ids[option][-1]
                 scores[i][option] = common + float(log_probs[i, len(inputs), last])
     return scores
 
 
-def _branches(row: Continuations) -> dict[tuple[int, ...], list[int]]:
+def branches(row: Continuations) -> dict[tuple[int, ...], list[int]]:
     """Group a row's options by the tokens to feed: all behind the shared ones but the last."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for option, ids in enumerate(row.ids):

@@ -1,0 +1,139 @@
+"""Which part of an image was each of its tokens made from?
+
+Shapes: T views, (h, w) tokens per view as a grid, N tokens per view, K num_image_tokens.
+
+The layout itself (vlm/token_layout.py) puts the tokens in order: it gets boxes in place of
+embeddings. Boxes are (left, top, right, bottom) in pixels of the image, and reach beyond it where a
+view shows padding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import nan
+
+import torch
+from torch import Tensor
+
+from connectors.base import TokenCells
+from vlm.tile_grids import fit_inside, hd_size
+from vlm.tiling import AnyresTiling, HdTiling, PadTiling, Size, Tiling, ViewPlan
+from vlm.token_layout import lay_out, mosaic_size
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where the tokens of one image look.
+
+    Attributes:
+        boxes: (K, 4) left, top, right, bottom in pixels of the image; NaN where a token has no
+            place: row ends, separators, a connector's own ends.
+        whole: (K,) bool, whether the token belongs to the view of the whole image beside tiles.
+    """
+
+    boxes: Tensor
+    whole: Tensor
+
+
+def token_places(
+    image_size: Size,
+    tiling: Tiling,
+    view_size: int,
+    token_grid: Size,
+    cells: TokenCells,
+    plan: ViewPlan,
+) -> TokenPlaces:
+    """Return where each token of an image looks.
+
+    Args:
+        image_size: (width, height) in pixels.
+        tiling: how the image was cut.
+        view_size: S, the side of a view in pixels.
+        token_grid: (h, w) tokens of one view, as the layout has them.
+        cells: where these tokens look in a view.
+        plan: the views of this image.
+    """
+    seen = list(view_boxes(image_size, tiling, view_size, plan))
+    boxes = torch.tensor([_cell_boxes(box, cells) for box in seen], dtype=torch.float64)
+    is_whole = torch.zeros(len(seen), len(cells.cells), 1, dtype=boxes.dtype)
+    if plan.whole != "none" and len(seen) > 1:
+        is_whole[0 if plan.whole == "first" else -1] = 1
+    nowhere = torch.full((5,), nan, dtype=boxes.dtype)
+    placed = lay_out(
+        torch.cat([boxes, is_whole], dim=-1),
+        *(image_size, tiling, view_size, token_grid),
+        newline=nowhere,
+        grid=plan.grid,
+        separator=nowhere,
+    )
+    places = TokenPlaces(placed[:, :4], placed[:, 4] == 1)
+    if isinstance(tiling, AnyresTiling) and tiling.max_tiles is not None and plan.grid != (0, 0):
+        full = mosaic_size(image_size, replace(tiling, max_tiles=None), plan.grid, token_grid)
+        kept = mosaic_size(image_size, tiling, plan.grid, token_grid)
+        places = _grown(places, full[1] / kept[1], full[0] / kept[0])
+    return places
+
+
+def view_boxes(image_size: Size, tiling: Tiling, view_size: int, plan: ViewPlan) -> Iterator[Box]:
+    """Yield what part of the image each view shows, in the plan's order."""
+    canvas = canvas_box(image_size, tiling, view_size, plan.grid)
+    whole = canvas
+    if plan.grid != (0, 0) and not tiling.pads_whole:
+        whole = (0.0, 0.0, float(image_size[0]), float(image_size[1]))
+    if plan.whole == "first":
+        yield whole
+    yield from _cut(canvas, plan.rows, plan.cols)
+    if plan.whole == "last":
+        yield whole
+
+
+def canvas_box(image_size: Size, tiling: Tiling, view_size: int, grid: Size) -> Box:
+    """Return the part of the plane that the tiles show, in pixels of the image.
+
+    It is the image where it is stretched, and more than it where it is padded.
+    """
+    width, height = image_size
+    if not tiling.pads:
+        return 0.0, 0.0, float(width), float(height)
+    if isinstance(tiling, PadTiling) or grid == (0, 0):
+        scaled, canvas = image_size, (max(image_size), max(image_size))
+    else:
+        canvas = (grid[1] * view_size, grid[0] * view_size)
+        scaled = fit_inside(image_size, canvas)
+        if isinstance(tiling, HdTiling):
+            scaled = hd_size(image_size, view_size, tiling.max_tiles, tiling.upscale)
+    left, top = (canvas[0] - scaled[0]) // 2, (canvas[1] - scaled[1]) // 2
+    across, down = width / scaled[0], height / scaled[1]  # pixels of the image per canvas pixel
+    return (
+        *(-left * across, -top * down),
+        *((canvas[0] - left) * across, (canvas[1] - top) * down),
+    )
+
+
+def _cut(box: Box, rows: int, cols: int) -> Iterator[Box]:
+    """Yield the cells of a grid over a box, row by row."""
+    left, top, right, bottom = box
+    width, height = (right - left) / max(cols, 1), (bottom - top) / max(rows, 1)
+    for row in range(rows):
+        for col in range(cols):
+            x, y = left + col * width, top + row * height
+            yield x, y, x + width, y + height
+
+
+def _cell_boxes(view: Box, cells: TokenCells) -> list[Box]:
+    """Return the box of each token of a view that shows a box of the image."""
+    grid = [*_cut(view, cells.rows, cells.columns), (nan, nan, nan, nan)]  # the last is cell -1
+    return [grid[cell] for cell in cells.cells]
+
+
+def _grown(places: TokenPlaces, across: float, down: float) -> TokenPlaces:
+    """Return places whose tiles' tokens are so many times as wide and high, centres kept."""
+    low, high = places.boxes[:, :2], places.boxes[:, 2:]
+    half = (high - low) / 2 * torch.tensor([across, down], dtype=low.dtype)
+    centre = (low + high) / 2
+    grown = torch.cat([centre - half, centre + half], dim=1)
+    return TokenPlaces(
+        torch.where(places.whole[:, None], places.boxes, grown),
+        places.whole,
+    )
