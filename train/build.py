@@ -43,6 +43,9 @@ def build_model(
         if previous is not None or recipe.model.chat_template is not None:
             processor.chat_template = model_template(recipe)
         plain = plain_folder(source)
+        if checkpoint is None and previous is None and _look_otherwise(recipe, model, processor):
+            plain = None
+    check_context(stage, model)
     if checkpoint is None and keeps_base(recipe, stage):
         put_on_base(recipe, stage, plain, model, processor)
     if stage.chat_template is not None:
@@ -70,7 +73,40 @@ def _assemble(recipe: Recipe) -> tuple[Any, Any]:
         tiling=parts.tiling,
         chat_template=parts.chat_template,
         dtype=parts.dtype,
+        video=parts.video,
+        rope_factor=parts.rope_factor,
     )
+
+
+def _look_otherwise(recipe: Recipe, model: Any, processor: Any) -> bool:
+    """Give a checkpoint the recipe's videos and context; return whether that changes it."""
+    from vlm.long_context import scale_positions
+    from vlm.video_layout import parse_video
+
+    video, factor = recipe.model.video, recipe.model.rope_factor
+    if video is not None:
+        model.model.set_video(parse_video(video))
+        processor.image_processor.set_video(model.config.video)
+    if factor is not None:
+        scale_positions(model.model.language_model, factor)
+    return video is not None or factor is not None
+
+
+def check_context(stage: StageRecipe, model: Any) -> None:
+    """Refuse rows that are longer than the language model can tell positions apart.
+
+    Raises:
+        UserError: with both lengths, and the factor that would do.
+    """
+    from vlm.long_context import context_length
+
+    known = context_length(model.config.text_config)
+    if stage.max_length is not None and known is not None and stage.max_length > known:
+        raise UserError(
+            f"stages.{stage.name}.max_length {stage.max_length} is more than the {known} positions "
+            f"that the language model knows; lower it, or set model.rope_factor to "
+            f"{-(-stage.max_length // known)} (rotary positions, divided by it)"
+        )
 
 
 def _is_first_stage(recipe: Recipe, folder: Path) -> bool:

@@ -37,6 +37,9 @@ class ModelRecipe:
         language_model: hub id or folder of any AutoModelForCausalLM; may be left out where no stage
             needs one.
         tiling: how an image becomes views, e.g. {type: anyres}.
+        video: how videos are looked at, e.g. {frames: 8, newline: grid}; see `VideoConfig`. Of a
+            checkpoint, what it says itself unless given.
+        rope_factor: read further: positions are divided by it; see `vlm.long_context`.
         checkpoint: a folder or id of ours to go on from, instead of the four above.
         chat_template: name of a template of ours; the tokenizer's own if None.
         dtype: what the weights are loaded as.
@@ -47,6 +50,8 @@ class ModelRecipe:
     connector: dict[str, Any] | list[dict[str, Any]] | None = None
     language_model: str | None = None
     tiling: dict[str, Any] = field(default_factory=lambda: {"type": "resize"})
+    video: dict[str, Any] | None = None
+    rope_factor: float | None = None
     checkpoint: str | None = None
     chat_template: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -240,8 +245,12 @@ def check_components(model: ModelRecipe, where: str) -> None:
     from vlm.chat_templates import load as load_chat_template
     from vlm.encoders import parse_encoder_config
     from vlm.tiling import build_tiling
+    from vlm.video_layout import parse_video
 
     with_place(f"{where}.tiling", build_tiling, model.tiling)
+    with_place(where, parse_video, model.video)
+    if model.rope_factor is not None and not 1 <= model.rope_factor < float("inf"):
+        raise UserError(f"{where}.rope_factor must be 1 or more, not {model.rope_factor:g}")
     if model.connector is not None:
         with_place(f"{where}.connector", resolve_connector_config, model.connector)
     if model.chat_template is not None:

@@ -9,6 +9,7 @@ one blank view through the vision side while it trains, so that all ranks run th
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,18 +28,18 @@ from vlm import fusion_cache, recurrent_lm
 from vlm.configuration import VlmConfig
 from vlm.encoders import build_vision_encoder
 from vlm.encoders.base import restore_buffers
-from vlm.errors import UserError
 from vlm.fusion import Images, build_context, carry
 from vlm.fusion_hooks import ARGUMENT, FusionCall, FusionHooks
 from vlm.hosts import host_shape
 from vlm.lm_head import document_starts
 from vlm.mamba_scan import use_scan
 from vlm.packed_attention import packed_mask, use_packed_attention
-from vlm.row_ends import RowEnds, new_row_ends, row_end_tokens
+from vlm.row_ends import RowEnds, new_row_ends, put_row_ends, row_end_tokens
 from vlm.shared_positions import explicit_mask, shared_positions
 from vlm.state_cache import state_traits
-from vlm.tiling import AnyresTiling, build_tiling
-from vlm.token_layout import images_per_row, lay_out, num_image_tokens
+from vlm.tiling import build_tiling, plan_of
+from vlm.token_layout import check_places, images_per_row, lay_out, num_image_tokens
+from vlm.video_layout import VideoConfig, parse_video
 from vlm.view_facts import as_text, describe_views, of_a_blank
 
 
@@ -80,6 +81,7 @@ class VlmModel(VlmPreTrainedModel):
         assert config.vision_config and config.connector_config and config.tiling, config
         assert isinstance(config.text_config, PreTrainedConfig), config
         self.tiling = build_tiling(config.tiling)
+        self.video = parse_video(config.video)
         self.vision_tower = build_vision_encoder(config.vision_config)
         text_dim = config.text_config.hidden_size
         language_model = AutoModel.from_config(config.text_config)
@@ -109,10 +111,15 @@ class VlmModel(VlmPreTrainedModel):
         self.language_model = use_packed_attention(use_scan(language_model))
         self.state_traits = state_traits(language_model)  # None: attention alone
 
-    def renew_row_ends(self, dtype: torch.dtype | None = None) -> None:
-        """Make the learned ends of rows new, as the tiling and the connector want them."""
-        for name, vector in new_row_ends(self.tiling, self.connector.itself(), dtype):
-            self.register_parameter(name, vector)
+    def renew_row_ends(self, dtype: torch.dtype | None = None, keep: bool = False) -> None:
+        """Make the learned ends of rows new, as the parts want them; `keep` those that are here."""
+        wanted = new_row_ends(self.tiling, self.connector.itself(), self.video, dtype)
+        put_row_ends(self, dict(wanted), keep)
+
+    def set_video(self, video: VideoConfig) -> None:
+        """Look at videos in another way; a newline that is now needed begins as a new one."""
+        self.video, self.config.video = video, asdict(video)
+        self.renew_row_ends(_dtype(self.connector), keep=True)
 
     def _row_ends(self) -> RowEnds:
         """Return what ends rows of tokens in the sequence."""
@@ -185,7 +192,7 @@ class VlmModel(VlmPreTrainedModel):
     ) -> list[Tensor]:
         """Join views' tokens (T, N, E) image by image, with the ends (E,) of rows."""
         grids = [tuple(grid) for grid in tile_grids.tolist()]
-        num_views = [self.tiling.plan_of_grid(grid).num_views for grid in grids]
+        num_views = [plan_of(self.tiling, grid).num_views for grid in grids]
         if sum(num_views) != len(tokens):
             raise ValueError(
                 f"tile_grids {grids} mean {sum(num_views)} views, but pixel_values has "
@@ -199,6 +206,7 @@ class VlmModel(VlmPreTrainedModel):
                 newline=ends.newline,
                 grid=grid,
                 separator=ends.separator,
+                video=self.video,
             )
             for views, (height, width), grid in zip(
                 tokens.split(num_views), image_sizes.tolist(), grids, strict=True
@@ -207,12 +215,7 @@ class VlmModel(VlmPreTrainedModel):
 
     def _places(self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor) -> Tensor:
         """Return, for each image token, its place among views' tokens (T, N, E); -1: a row end."""
-        if isinstance(self.tiling, AnyresTiling) and self.tiling.max_tiles is not None:
-            raise UserError(
-                "tiling 'anyres' with max_tiles shrinks the grid of tokens, but a connector inside "
-                "the language model needs to know which token is which; set tiling.max_tiles to "
-                "null"
-            )
+        check_places(self.tiling, self.video, tile_grids.tolist())
         places = torch.arange(tokens[..., 0].numel(), device=tokens.device, dtype=torch.float64)
         nowhere = places.new_full((1,), -1.0)
         numbered = places.reshape(*tokens.shape[:2], 1)
@@ -222,9 +225,9 @@ class VlmModel(VlmPreTrainedModel):
 
     def count_image_tokens(self, tile_grids: Tensor, image_sizes: Tensor) -> list[int]:
         """Return how many tokens each image takes; see `get_image_features` for the arguments."""
-        size, token_grid = self.vision_tower.image_size, self.view_token_grid()
+        known = (self.tiling, self.vision_tower.image_size, self.view_token_grid())
         return [
-            num_image_tokens((width, height), self.tiling, size, token_grid, tuple(grid))
+            num_image_tokens((width, height), *known, tuple(grid), self.video)
             for grid, (height, width) in zip(tile_grids.tolist(), image_sizes.tolist(), strict=True)
         ]
 
@@ -272,7 +275,7 @@ class VlmModel(VlmPreTrainedModel):
             features = torch.cat(laid_out)
             features = features.to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)
-            views = [self.tiling.plan_of_grid(tuple(g)).num_views for g in tile_grids.tolist()]
+            views = [plan_of(self.tiling, tuple(g)).num_views for g in tile_grids.tolist()]
             places = partial(self._places, tokens, tile_grids, image_sizes)
             images = Images(counts, views, per_row, places, sides)
         elif self.training and (_trains_vision(self) or is_deepspeed_zero3_enabled()):

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from vlm.errors import UserError
 from vlm.images import load_image
+from vlm.long_context import context_length
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
 
@@ -107,10 +108,7 @@ class ChatSession:
 
     def _limit(self) -> int | None:
         """Return the longest sequence the language model knows, None where it has no limit."""
-        text_config = self.model.config.text_config
-        if hasattr(text_config, "max_position_embeddings"):
-            return text_config.max_position_embeddings
-        return None
+        return context_length(self.model.config.text_config)
 
     def _encode(self, messages: list, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for the conversation, on its device."""

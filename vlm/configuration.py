@@ -14,6 +14,7 @@ class VlmConfig(PreTrainedConfig):
         connector_config: `{"type": ..., fields}`, or a list of them, for `build_connector`.
         text_config: the language model's own config class.
         tiling: `{"type": ..., fields}` for `build_tiling`.
+        video: fields of `VideoConfig`; None: the defaults.
         image_token_id: id of the tokenizer's image token, whose rows image features replace.
         lm_head_bias: whether the language model's head adds a bias (Phi does).
     """
@@ -27,6 +28,7 @@ class VlmConfig(PreTrainedConfig):
     connector_config: dict[str, Any] | list[dict[str, Any]] | None = None
     text_config: dict | PreTrainedConfig | None = None
     tiling: dict[str, Any] | None = None
+    video: dict[str, Any] | None = None
     image_token_id: int | None = None
     lm_head_bias: bool = False
     tie_word_embeddings: bool = False

@@ -1,7 +1,8 @@
 """How does a conversation become text, with the spans of it that a model is trained to say?
 
 messages = [{"role": "system" | "user" | "assistant", "content": [{"type": "image"}, {"type":
-"text", "text": "..."}]}]; images stand in the order of their entries.
+"text", "text": "..."}]}]; images stand in the order of their entries, and so do videos, whose
+entries are {"type": "video"}. To a template a video is an image: both are one image token in it.
 """
 
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -28,23 +30,60 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
 
 
-def check_messages(messages: Sequence[Message], num_images: int, image_token: str) -> list[dict]:
+def check_messages(
+    messages: Sequence[Message], num_images: int, image_token: str, num_videos: int = 0
+) -> list[dict]:
     """Return the messages with every content as a list of entries.
 
     Raises:
         UserError: no messages, an unknown role or entry, a text that contains the image token, or
-            another number of image entries than of images.
+            another number of image or video entries than of images or videos.
     """
     if not messages:
         raise UserError("the conversation is empty: it needs at least one message")
     checked = [_check_message(i, message, image_token) for i, message in enumerate(messages)]
-    placeholders = sum(entry["type"] == "image" for m in checked for entry in m["content"])
-    if placeholders != num_images:
-        raise UserError(
-            f"the conversation has {placeholders} image placeholders but {num_images} images; "
-            'give one {"type": "image"} entry per image'
-        )
+    for kind, count in (("image", num_images), ("video", num_videos)):
+        placeholders = kinds_shown(checked).count(kind)
+        if placeholders != count:
+            raise UserError(
+                f"the conversation has {placeholders} {kind} placeholders but {count} {kind}s; "
+                f'give one {{"type": "{kind}"}} entry per {kind}'
+            )
     return checked
+
+
+def kinds_shown(messages: Sequence[Message]) -> list[str]:
+    """Return "image" or "video" for each placeholder of checked messages, in order."""
+    kinds = [entry["type"] for message in messages for entry in message["content"]]
+    return [kind for kind in kinds if kind != "text"]
+
+
+def videos_as_images(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return checked messages with image entries in place of videos', as templates know them."""
+    return [
+        {
+            **message,
+            "content": [
+                {"type": "image"} if entry["type"] == "video" else entry
+                for entry in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def in_order(
+    checked: Sequence[dict[str, Any]], images: Sequence[Any], videos: Sequence[Any]
+) -> list[Any]:
+    """Return what stands for images and for videos as one list, in the placeholders' order."""
+    queues = {"image": iter(images), "video": iter(videos)}
+    return [next(queues[kind]) for kind in kinds_shown(checked)]
+
+
+def called(checked: Sequence[dict[str, Any]]) -> str:
+    """Return what a sentence calls the placeholders of checked messages together."""
+    kinds = set(kinds_shown(checked))
+    return "images and videos" if len(kinds) == 2 else f"{next(iter(kinds), 'image')}s"
 
 
 def _check_message(index: int, message: Message, image_token: str) -> dict[str, Any]:
@@ -62,10 +101,10 @@ def _check_message(index: int, message: Message, image_token: str) -> dict[str, 
     for entry in content:
         kind = entry.get("type") if isinstance(entry, Mapping) else None
         is_text = kind == "text" and isinstance(entry.get("text"), str)
-        if not is_text and kind != "image":
+        if not is_text and kind not in ("image", "video"):
             raise UserError(
                 f'message {index} ({role}) has the entry {entry!r}; allowed are {{"type": "image"}}'
-                ' and {"type": "text", "text": "..."}'
+                ', {"type": "video"} and {"type": "text", "text": "..."}'
             )
         if is_text and image_token in entry["text"]:
             raise UserError(
@@ -155,3 +194,14 @@ def _render_one(
     except TemplateError as error:
         raise UserError(f"the chat template refuses this conversation: {error}") from error
     return texts[0], spans[0] if supervise else []  # pyright: ignore[reportReturnType]
+
+
+def tokens_in_spans(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Return (L,) whether each token has a character inside one of the spans."""
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(starts), dtype=bool)
+    for start, end in spans:
+        inside |= (ends > start) & (starts < end)
+    return inside

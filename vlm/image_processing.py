@@ -15,8 +15,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from vlm.images import to_rgb
+from vlm.tile_grids import pad_to_square, stretch
 from vlm.tiling import Size, Tiling, ViewPlan, build_tiling
 from vlm.token_layout import num_image_tokens
+from vlm.video import SampledVideo
+from vlm.video_layout import VideoConfig, parse_video
+
+Medium = Image.Image | SampledVideo
 
 
 class VlmImagesKwargs(ImagesKwargs, total=False):
@@ -38,6 +43,7 @@ class VlmImageProcessor(BaseImageProcessor):
         tiling: Mapping[str, Any] | None = None,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        video: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Remember the numbers of the encoder, the connector and the tiling.
@@ -48,6 +54,7 @@ class VlmImageProcessor(BaseImageProcessor):
             tiling: config dict of the tiling; None is one stretched view.
             image_mean: per channel, of values in 0..1.
             image_std: per channel, of values in 0..1.
+            video: fields of `VideoConfig`; None: the defaults.
             **kwargs: what transformers stores beside them.
         """
         super().__init__(**kwargs)
@@ -58,10 +65,16 @@ class VlmImageProcessor(BaseImageProcessor):
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self._cutter: Tiling = build_tiling(self.tiling)
+        self.set_video(video)
         # pixel / 255 normalised = pixel * scale - shift
         mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
         self._scale = (1 / (255 * std)).view(3, 1, 1)
         self._shift = (mean / std).view(3, 1, 1)
+
+    def set_video(self, video: Mapping[str, Any] | None) -> None:
+        """Look at videos in another way; None: in the default one."""
+        self.video_config: VideoConfig = parse_video(video)
+        self.video = None if video is None else dict(video)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `save_pretrained` writes: the arguments of `__init__`."""
@@ -72,6 +85,8 @@ class VlmImageProcessor(BaseImageProcessor):
             "tiling": self.tiling,
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
+            # Not written for models that were not told, so that they stay what they were.
+            **({} if self.video is None else {"video": self.video}),
         }
 
     @property
@@ -89,14 +104,58 @@ class VlmImageProcessor(BaseImageProcessor):
         return self.num_tokens_of_grid(image_size, self.plan(image_size, num_images).grid)
 
     def num_tokens_of_grid(self, image_size: Size, grid: Size) -> int:
-        """Return the tokens of an image of (width, height) that was cut into (rows, cols)."""
+        """Return the tokens of an image of (width, height) that was cut into (rows, cols).
+
+        (0, n) is a video of n frames, whatever their size.
+        """
         return num_image_tokens(
-            image_size, self._cutter, self.view_size, self.view_token_grid, grid
+            image_size, self._cutter, self.view_size, self.view_token_grid, grid, self.video_config
         )
 
     def views(self, image: Image.Image, num_images: int = 1) -> list[Image.Image]:
         """Return the square pictures that the encoder sees of one image, in order."""
         return self._cutter.split(to_rgb(image), self.view_size, self.mean_color, num_images)
+
+    def frame_views(self, video: SampledVideo) -> list[Image.Image]:
+        """Return the square pictures that the encoder sees of a video: one a frame.
+
+        A frame is stretched to the square, or padded, as the tiling says.
+        """
+        if self._cutter.pads_frames:
+            squares = [pad_to_square(to_rgb(frame), self.mean_color) for frame in video.frames]
+        else:
+            squares = [to_rgb(frame) for frame in video.frames]
+        return [stretch(square, (self.view_size, self.view_size)) for square in squares]
+
+    def encode_media(self, media: Sequence[Medium], plans: Sequence[Size]) -> dict[str, Tensor]:
+        """Return pixel_values (T, 3, S, S), tile_grids (n, 2) and image_sizes (n, 2).
+
+        Args:
+            media: images and videos of one conversation, in the order of their placeholders.
+            plans: what `grids` says of them.
+        """
+        num_images = sum(isinstance(medium, Image.Image) for medium in media)
+        views, sizes = [], []
+        for medium in media:
+            if isinstance(medium, Image.Image):
+                views += self.views(medium, num_images)
+                sizes.append(medium.size)
+            else:
+                views += self.frame_views(medium)
+                sizes.append(medium.frames[0].size)
+        return {"pixel_values": self.normalize(views), **grids_and_sizes(plans, sizes)}
+
+    def grids(self, shown: Sequence[Size | int]) -> list[Size]:
+        """Return the rows of `tile_grids` of one conversation.
+
+        Args:
+            shown: (width, height) of an image, number of frames of a video, in order.
+        """
+        num_images = sum(not isinstance(item, int) for item in shown)
+        return [
+            (0, item) if isinstance(item, int) else self.plan(item, num_images).grid
+            for item in shown
+        ]
 
     def normalize(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, views: Sequence[Image.Image]
@@ -126,17 +185,13 @@ class VlmImageProcessor(BaseImageProcessor):
         for image, count in zip(images, siblings, strict=True):
             views.extend(self.views(image, count))
         sizes = [image.size for image in images]
+        grids = [self.plan(size, count).grid for size, count in zip(sizes, siblings, strict=True)]
         return BatchFeature(
-            {"pixel_values": self.normalize(views), **self.grids_and_sizes(sizes, siblings)}
+            {"pixel_values": self.normalize(views), **grids_and_sizes(grids, sizes)}
         )
 
-    def grids_and_sizes(self, sizes: Sequence[Size], siblings: Sequence[int]) -> dict[str, Tensor]:
-        """Return tile_grids (n, 2) rows, cols and image_sizes (n, 2) height, width.
 
-        Args:
-            sizes: (width, height) of each image.
-            siblings: images of the conversation that each stands in, itself among them.
-        """
-        grids = [self.plan(size, count).grid for size, count in zip(sizes, siblings, strict=True)]
-        turned = [(height, width) for width, height in sizes]
-        return {"tile_grids": torch.tensor(grids), "image_sizes": torch.tensor(turned)}
+def grids_and_sizes(grids: Sequence[Size], sizes: Sequence[Size]) -> dict[str, Tensor]:
+    """Return tile_grids (n, 2) rows, cols and image_sizes (n, 2) height, width."""
+    turned = [(height, width) for width, height in sizes]
+    return {"tile_grids": torch.tensor(grids), "image_sizes": torch.tensor(turned)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,10 +27,12 @@ from vlm.encoders.base import VisionEncoder
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
 from vlm.internlm2 import is_internlm2, load_internlm2
+from vlm.long_context import scale_positions
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.on_base import load_trained, read_base, stands_on_base
 from vlm.processing import VlmProcessor
 from vlm.tiling import build_tiling, tiling_config
+from vlm.video_layout import parse_video
 
 __all__ = [
     "VlmConfig",
@@ -216,6 +219,8 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat_template: str | None = None,
     dtype: torch.dtype | str | None = None,
+    video: Mapping[str, Any] | None = None,
+    rope_factor: float | None = None,
 ) -> tuple[VlmForConditionalGeneration, VlmProcessor]:
     """Join an encoder, a new connector and a language model into a model and its processor.
 
@@ -227,6 +232,9 @@ def assemble(
         tokenizer: the language model's; None: from the same folder or id. It is changed.
         chat_template: a name of `vlm.chat_templates`; None keeps the tokenizer's own.
         dtype: of all parts; None keeps each part's own.
+        video: fields of `VideoConfig`: how videos are looked at; None: the defaults.
+        rope_factor: positions are divided by it, and so many times as many are known; see
+            `vlm.long_context`.
 
     Raises:
         UserError: a part cannot be found, or the parts do not fit.
@@ -237,11 +245,14 @@ def assemble(
         language_model, tokenizer = _load_language_model(language_model, tokenizer)
     if tokenizer is None:
         raise UserError("a loaded language model needs its tokenizer beside it")
+    if rope_factor is not None:
+        scale_positions(language_model, rope_factor)
     if dtype is not None:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         vision_encoder.to(dtype)
         language_model.to(dtype)  # pyright: ignore[reportArgumentType]
 
+    resolved_video = None if video is None else asdict(parse_video(video))
     resolved_tiling = tiling_config(build_tiling(tiling or {"type": "resize"}))
     image_processor = VlmImageProcessor(
         view_size=vision_encoder.image_size,
@@ -249,6 +260,7 @@ def assemble(
         tiling=resolved_tiling,
         image_mean=vision_encoder.image_mean,
         image_std=vision_encoder.image_std,
+        video=resolved_video,
     )
     processor = VlmProcessor.prepare(
         tokenizer, image_processor, chat_template, text_source(connector)
@@ -260,6 +272,7 @@ def assemble(
         resolved_tiling,
         image_token_id=processor.image_token_id,
         vocab_size=len(tokenizer),
+        video=resolved_video,
     )
     set_stop_tokens(model, tokenizer, chat_template)
     return model, processor

@@ -30,6 +30,7 @@ from vlm.lm_head import document_starts, logit_transform, supervised_loss
 from vlm.on_base import Base, save_trained, stands_on_base
 from vlm.recurrent_lm import check_state_cache
 from vlm.state_cache import new_cache
+from vlm.tiling import plan_of
 from vlm.token_layout import images_per_row
 
 
@@ -74,6 +75,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         tiling: Mapping[str, Any],
         image_token_id: int,
         vocab_size: int,
+        video: Mapping[str, Any] | None = None,
     ) -> "VlmForConditionalGeneration":
         """Join loaded parts with a new connector; the parts are used, not copied.
 
@@ -85,6 +87,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             tiling: `{"type": ..., fields}`.
             image_token_id: id of the image token.
             vocab_size: `len(tokenizer)`.
+            video: fields of `VideoConfig`; None: the defaults.
 
         Raises:
             UserError: the language model's logits are not those of its head (see `lm_head.py`).
@@ -98,6 +101,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             connector_config=resolve_connector_config(connector_config),
             text_config=language_model.config,
             tiling=dict(tiling),
+            video=None if video is None else dict(video),
             image_token_id=image_token_id,
             lm_head_bias=head.bias is not None,
             tie_word_embeddings=language_model.config.tie_word_embeddings,
@@ -228,7 +232,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             past_key_values: cache of earlier positions.
             inputs_embeds: (B, L, E) instead of input_ids, for text without images.
             pixel_values: (T, 3, S, S) views of the batch's images, one image after the other.
-            tile_grids: (n, 2) rows and columns of tiles per image.
+            tile_grids: (n, 2) rows and columns of tiles per image; (0, f): a video of f frames.
             image_sizes: (n, 2) height and width in pixels per image.
             vision_features: instead of pixel_values, what the frozen vision tower made of the
                 views: a map (T, H, W, D) each; T may be 0. Not for `generate`.
@@ -354,7 +358,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         tile_grids, image_sizes = parts.with_default_grids(pixel_values, tile_grids, image_sizes)
         tokens = (input_ids == self.config.image_token_id).sum(-1).tolist()
         per_row = images_per_row(tokens, parts.count_image_tokens(tile_grids, image_sizes))
-        views = [parts.tiling.plan_of_grid(tuple(g)).num_views for g in tile_grids.tolist()]
+        views = [plan_of(parts.tiling, tuple(g)).num_views for g in tile_grids.tolist()]
         order = [
             image
             for row, count in enumerate(per_row)

@@ -15,11 +15,20 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 
 from connectors.views import TextSource
 from vlm.chat_templates import CHAT_TEMPLATES, load
-from vlm.conversations import Message, check_messages, render
+from vlm.conversations import (
+    Message,
+    called,
+    check_messages,
+    in_order,
+    render,
+    tokens_in_spans,
+    videos_as_images,
+)
 from vlm.errors import UserError
-from vlm.image_processing import VlmImageProcessor
+from vlm.image_processing import VlmImageProcessor, grids_and_sizes
 from vlm.instructions import FOLDER, IDS, MASK, instructions, join, load_tokenizer, tokenize
 from vlm.tiling import Size
+from vlm.video import SampledVideo
 
 IGNORE = -100  # the label of positions that are not learnt, as torch's cross-entropy has it
 IMAGE_TOKEN = "<image>"
@@ -123,6 +132,7 @@ class VlmProcessor(ProcessorMixin):
         messages: Sequence[Message],
         images: Sequence[Image.Image] = (),
         *,
+        videos: Sequence[SampledVideo] = (),
         sizes: Sequence[Size] | None = None,
         supervise: bool = False,
         add_generation_prompt: bool = False,
@@ -133,6 +143,7 @@ class VlmProcessor(ProcessorMixin):
         Args:
             messages: see `vlm.conversations`.
             images: decoded images, in the order of the messages' image entries.
+            videos: decoded videos, in the order of the messages' video entries.
             sizes: (width, height) of each, instead of images whose features are known already; no
                 pixel_values come out.
             supervise: add labels: assistant content and end-of-turn, IGNORE elsewhere.
@@ -141,62 +152,86 @@ class VlmProcessor(ProcessorMixin):
 
         Returns:
             input_ids (L,), attention_mask (L,), labels (L,) if supervised, and, if there are
-            images, pixel_values (T, 3, S, S), tile_grids (n, 2) and image_sizes (n, 2); where the
-            connector reads instructions, qformer_input_ids and qformer_attention_mask (n, L').
+            images or videos, pixel_values (T, 3, S, S), tile_grids (n, 2; a video's row is 0 and
+            its number of frames) and image_sizes (n, 2); where the connector reads instructions,
+            qformer_input_ids and qformer_attention_mask (n, L').
 
         Raises:
             UserError: the conversation cannot be encoded; the message says why, with numbers.
         """
         if sizes is None:
             sizes = [image.size for image in images]
-        checked = check_messages(messages, len(sizes), self.image_token)
-        ids, labels = self._layout(checked, sizes, supervise, add_generation_prompt, max_length)
+        checked, grids = self._check(messages, sizes, [len(video.frames) for video in videos])
+        ids, labels = self._layout(checked, grids, supervise, add_generation_prompt, max_length)
         encoded = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.ones(len(ids), dtype=torch.long),
         }
         if labels is not None:
             encoded["labels"] = torch.from_numpy(labels)
-        if len(images):
-            encoded.update(self.image_processor(images))
+        media = in_order(checked, images or sizes, videos)
+        if len(images) or len(videos):
+            assert len(images) == len(sizes), "sizes stand for images where there are no videos"
+            encoded.update(self.image_processor.encode_media(media, [grid for _, grid in grids]))
         elif len(sizes):
-            encoded.update(self.image_processor.grids_and_sizes(sizes, [len(sizes)] * len(sizes)))
-        if len(sizes):
-            encoded.update(self._instructions(instructions(checked)))
+            encoded.update(grids_and_sizes([grid for _, grid in grids], sizes))
+        if grids:
+            encoded.update(self._instructions(instructions(videos_as_images(checked))))
         return encoded
 
-    def num_tokens(self, messages: Sequence[Message], sizes: Sequence[Size]) -> int:
+    def num_tokens(
+        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int] = ()
+    ) -> int:
         """Return how many tokens `encode` gives for a conversation with labels, without pixels.
 
         Args:
             messages: see `vlm.conversations`.
             sizes: (width, height) of each image.
+            num_frames: of each video.
 
         Raises:
             UserError: the conversation cannot be encoded.
         """
-        return self.count_tokens(messages, sizes)[0]
+        return self.count_tokens(messages, sizes, num_frames)[0]
 
-    def count_tokens(self, messages: Sequence[Message], sizes: Sequence[Size]) -> tuple[int, int]:
+    def count_tokens(
+        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int] = ()
+    ) -> tuple[int, int]:
         """Return `num_tokens`, and how many of these are supervised."""
-        checked = check_messages(messages, len(sizes), self.image_token)
-        ids, labels = self._layout(checked, sizes, supervise=True)
+        ids, labels = self._layout(*self._check(messages, sizes, num_frames), supervise=True)
         assert labels is not None, "asked for"
         return len(ids), int((labels != IGNORE).sum())
+
+    def prompt_length(
+        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int] = ()
+    ) -> int:
+        """Return how many tokens a conversation takes that waits for a reply; see `num_tokens`."""
+        checked, grids = self._check(messages, sizes, num_frames)
+        return len(self._layout(checked, grids, add_generation_prompt=True)[0])
+
+    def _check(
+        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int]
+    ) -> tuple[list[dict[str, Any]], list[tuple[Size, Size]]]:
+        """Return checked messages, and size and grid of what each placeholder stands for."""
+        checked = check_messages(messages, len(sizes), self.image_token, len(num_frames))
+        shown = in_order(checked, sizes, num_frames)
+        any_size = (1, 1)  # of a video's frames, whose tokens it does not change
+        known = [any_size if isinstance(item, int) else item for item in shown]
+        return checked, list(zip(known, self.image_processor.grids(shown), strict=True))
 
     def _layout(
         self,
         checked: Sequence[dict[str, Any]],
-        sizes: Sequence[Size],
+        shown: Sequence[tuple[Size, Size]],
         supervise: bool = False,
         add_generation_prompt: bool = False,
         max_length: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return ids (L,) with image tokens repeated, and labels (L,) if supervised."""
+        """Return ids (L,) with image tokens repeated, and labels (L,); `shown`: see `_check`."""
         template = self.chat_template or ""
         assert isinstance(template, str), "one template, not several by name"
         rendered = render(
-            checked,
+            videos_as_images(checked),
             template,
             self.tokenizer.special_tokens_map,
             self.image_token,
@@ -212,24 +247,24 @@ class VlmProcessor(ProcessorMixin):
         )
         ids = np.asarray(tokens["input_ids"], dtype=np.int64)
         is_image = ids == self.image_token_id
-        if is_image.sum() != len(sizes):
+        if is_image.sum() != len(shown):
             raise UserError(
-                f"the chat template made {is_image.sum()} image tokens of {len(sizes)} images; "
+                f"the chat template made {is_image.sum()} image tokens of {len(shown)} images; "
                 "it drops or repeats placeholders"
             )
-        counts = [self.image_processor.num_tokens(size, len(sizes)) for size in sizes]
+        counts = [self.image_processor.num_tokens_of_grid(size, grid) for size, grid in shown]
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_image] = counts
         length = int(repeats.sum())
         if max_length is not None and length > max_length:
             raise UserError(
-                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(sizes)} "
-                f"images), more than max_length {max_length}; raise it, or choose a tiling or "
-                "connector with fewer tokens"
+                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(shown)} "
+                f"{called(checked)}), more than max_length {max_length}; raise it, or choose a "
+                "tiling or connector with fewer tokens"
             )
         if not supervise:
             return np.repeat(ids, repeats), None
-        learnt = _tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image
+        learnt = tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image
         return np.repeat(ids, repeats), np.repeat(np.where(learnt, ids, IGNORE), repeats)
 
     def _instructions(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -351,17 +386,6 @@ class VlmProcessor(ProcessorMixin):
         """Names of what the model takes from this processor."""
         own = [IDS, MASK] if self.reads_instructions else []
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, *own]
-
-
-def _tokens_in_spans(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
-) -> np.ndarray:
-    """Return (L,) whether each token has a character inside one of the spans."""
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-    inside = np.zeros(len(starts), dtype=bool)
-    for start, end in spans:
-        inside |= (ends > start) & (starts < end)
-    return inside
 
 
 def _flat(images: Sequence[Any]) -> list[Image.Image]:

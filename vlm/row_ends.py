@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from connectors import Connector
 from vlm.errors import UserError
 from vlm.tiling import Tiling
+from vlm.video_layout import VideoConfig
 
 # Our name of a parameter of the model -> the published one's, in XComposer2-4KHD and IXC-2.5.
 XCOMPOSER2_KEYS = {"image_newline": "plora_sub_GN", "image_separator": "plora_glb_GN"}
@@ -30,22 +31,40 @@ class RowEnds(NamedTuple):
 
 
 def new_row_ends(
-    tiling: Tiling, connector: Connector, dtype: torch.dtype | None = None
+    tiling: Tiling, connector: Connector, video: VideoConfig, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and value of the model's parameters for the rows' ends, as published ones begin.
 
     Args:
         tiling: what says which are there.
         connector: what says how wide they are.
+        video: what says whether videos need a newline where images do not.
         dtype: of the parameters; None: torch's default.
     """
     if tiling.has_separator:
         for name in XCOMPOSER2_KEYS:
             yield name, nn.Parameter(torch.zeros(connector.row_end_dim, dtype=dtype))
-    elif tiling.has_newline:
+    elif tiling.has_newline or video.has_newline:
         # As LLaVA-NeXT: the scale of a unit vector's entries.
         newline = torch.randn(connector.text_dim) / connector.text_dim**0.5
         yield "image_newline", nn.Parameter(newline.to(dtype or newline.dtype))
+
+
+def put_row_ends(module: nn.Module, wanted: Mapping[str, nn.Parameter], keep: bool) -> None:
+    """Give a module the learned row ends that it should have, and no other.
+
+    Args:
+        module: its own parameters are its row ends.
+        wanted: by name.
+        keep: whether those that it has already stay as they are.
+    """
+    have = [name for name, _ in module.named_parameters(recurse=False)]
+    for name in have:
+        if name not in wanted:
+            delattr(module, name)
+    for name, vector in wanted.items():
+        if not (keep and name in have):
+            module.register_parameter(name, vector)
 
 
 def row_end_tokens(learned: Mapping[str, Tensor], connector: Connector) -> RowEnds:

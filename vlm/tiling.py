@@ -43,16 +43,17 @@ class ViewPlan:
     rows: int
     cols: int
     whole: Literal["none", "first", "last"] = "none"
+    frames: int = 0  # of a video, which has a view for each and no tiles
 
     @property
     def grid(self) -> Size:
-        """(rows, cols) of the tiles; (0, 0) when the whole image is the only view."""
-        return self.rows, self.cols
+        """(rows, cols) of the tiles; (0, 0) when the whole is the only view, (0, n) of n frames."""
+        return (0, self.frames) if self.frames else (self.rows, self.cols)
 
     @property
     def num_views(self) -> int:
-        """T, the number of views of this image."""
-        return self.rows * self.cols + (self.whole != "none")
+        """T, the number of views of this image or video."""
+        return self.frames or self.rows * self.cols + (self.whole != "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,12 @@ class Tiling:
     Attributes:
         pads: whether the image is put on a canvas of the tiles' shape, not stretched to it.
         pads_whole: whether the view of the whole image shows that canvas, padding and all.
+        pads_frames: whether a video's frames are put on a square, as `pad` does, not stretched.
     """
 
     pads: ClassVar[bool] = False
     pads_whole: ClassVar[bool] = False
+    pads_frames: ClassVar[bool] = False
 
     @property
     def is_mosaic(self) -> bool:
@@ -127,6 +130,7 @@ class PadTiling(Tiling):
     unpad: bool = False
 
     pads: ClassVar[bool] = True
+    pads_frames: ClassVar[bool] = True
 
     @property
     def is_mosaic(self) -> bool:
@@ -282,6 +286,7 @@ class HdTiling(Tiling):
 
     pads: ClassVar[bool] = True
     pads_whole: ClassVar[bool] = True
+    pads_frames: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.max_tiles < 1:
@@ -324,6 +329,18 @@ class HdTiling(Tiling):
         left, top = (canvas.width - scaled.width) // 2, (canvas.height - scaled.height) // 2
         canvas.paste(scaled, (left, top))
         return [sample(canvas, (view_size, view_size)), *cut_tiles(canvas, plan.grid, view_size)]
+
+
+def plan_of(tiling: Tiling, grid: Size) -> ViewPlan:
+    """Return the plan of a row of `tile_grids`: (0, n) is a video of n frames, else an image."""
+    if is_video(grid):
+        return ViewPlan(0, 0, frames=grid[1])
+    return tiling.plan_of_grid(grid)
+
+
+def is_video(grid: Size) -> bool:
+    """Return whether a row of `tile_grids` is a video's."""
+    return grid[0] == 0 and grid[1] > 0
 
 
 TILINGS: dict[str, type[Tiling]] = {

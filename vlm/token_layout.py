@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.errors import UserError
-from vlm.tiling import AnyresTiling, Size, Tiling, ViewPlan
+from vlm.tiling import AnyresTiling, Size, Tiling, ViewPlan, is_video, plan_of
+from vlm.video_layout import VideoConfig, lay_out_video, num_video_tokens
 
 # anyres_max_N leaves the features alone until they exceed N tiles by this factor on each side.
 _SHRINK_ABOVE = 1.1
@@ -30,16 +31,22 @@ def num_image_tokens(
     view_size: int,
     view_token_grid: Size,
     grid: Size | None = None,
+    video: VideoConfig | None = None,
 ) -> int:
-    """Return how many tokens an image takes. The one function that counts.
+    """Return how many tokens an image or a video takes. The one function that counts.
 
     Args:
         image_size: (width, height) in pixels.
         tiling: how the image is cut.
         view_size: S, the side of a view in pixels.
         view_token_grid: (h, w) tokens of one view, after the connector.
-        grid: (rows, cols) the image was cut into; None asks the tiling, as for a lone image.
+        grid: (rows, cols) the image was cut into; None asks the tiling, as for a lone image; (0, n)
+            is a video of n frames.
+        video: how videos are laid out.
     """
+    if grid is not None and is_video(grid):
+        assert video is not None, "a video's tokens need its config"
+        return num_video_tokens(grid[1], view_token_grid, video)
     plan = tiling.plan(*image_size, view_size) if grid is None else tiling.plan_of_grid(grid)
     if not tiling.is_mosaic:
         return plan.num_views * view_token_grid[0] * view_token_grid[1]
@@ -59,8 +66,11 @@ def lay_out(
     newline: Tensor | None = None,
     grid: Size | None = None,
     separator: Tensor | None = None,
+    video: VideoConfig | None = None,
 ) -> Tensor:
-    """Join the tokens of one image's views (T, N, E) into its sequence (num_image_tokens, E).
+    """Join the tokens of one image's views, or a video's frames, (T, N, E) into its sequence.
+
+    It is (num_image_tokens, E).
 
     Args:
         view_tokens: tokens of each view, row-major over `view_token_grid`, views in plan order.
@@ -71,11 +81,17 @@ def lay_out(
         newline: (E,) the learned row end, where the tiling has one.
         grid: (rows, cols) the image was cut into; None asks the tiling, as for a lone image.
         separator: (E,) what stands after the whole image, where the tiling has it.
+        video: how videos are laid out.
     """
+    if grid is not None and is_video(grid):
+        assert video is not None and len(view_tokens) == grid[1], (view_tokens.shape, grid)
+        return lay_out_video(view_tokens, view_token_grid, video, newline)
     plan = tiling.plan(*image_size, view_size) if grid is None else tiling.plan_of_grid(grid)
     assert len(view_tokens) == plan.num_views, (view_tokens.shape, plan)
     if not tiling.is_mosaic:
-        return view_tokens.flatten(0, 1)
+        tokens = view_tokens.flatten(0, 1)
+        # A newline that only videos have is still used: all ranks train the same parameters.
+        return tokens if newline is None else tokens + 0.0 * newline.sum().to(tokens)
     count = 1 if plan.whole == "first" else 0
     whole, tiles = view_tokens[:count].flatten(0, 1), view_tokens[count:]
     row_end = None
@@ -143,10 +159,15 @@ def shown_parts(image_size: Size, tiling: Tiling, grid: Size, feature_grid: Size
         feature_grid: (H, W) of a view.
     """
     height, width = feature_grid
-    plan = tiling.plan_of_grid(grid)
+    plan = plan_of(tiling, grid)
     whole = torch.ones(1, height, width, dtype=torch.bool)
-    if not tiling.pads:
+    if not (tiling.pads_frames if plan.frames else tiling.pads):
         return whole.expand(plan.num_views, -1, -1)
+    if plan.frames:
+        top, left, kept_rows, kept_cols = unpadded_box(image_size, (1, 1), feature_grid, True, 1)
+        frame = torch.zeros_like(whole)
+        frame[:, top : top + kept_rows, left : left + kept_cols] = True
+        return frame.expand(plan.frames, -1, -1)
     rows, cols = (1, 1) if grid == (0, 0) else grid
     least = 1 if tiling.pads_whole else 0
     box = unpadded_box(image_size, (rows, cols), feature_grid, True, least)
@@ -200,6 +221,29 @@ def shrunk_size(size: Size, view_token_grid: Size, max_tiles: int | None) -> Siz
     if factor <= _SHRINK_ABOVE:
         return size
     return max(1, int(rows // factor)), max(1, int(cols // factor))
+
+
+def check_places(tiling: Tiling, video: VideoConfig, grids: Sequence[Sequence[int]]) -> None:
+    """Refuse what mixes tokens, for connectors that need to know which token is which.
+
+    Args:
+        tiling: how images are cut.
+        video: how videos are laid out.
+        grids: rows of `tile_grids`.
+
+    Raises:
+        UserError: anyres_max_N, or a video among the grids that is pooled.
+    """
+    reason = "but a connector inside the language model needs to know which token is which; set"
+    if isinstance(tiling, AnyresTiling) and tiling.max_tiles is not None:
+        raise UserError(
+            f"tiling 'anyres' with max_tiles shrinks the grid of tokens, {reason} "
+            "tiling.max_tiles to null"
+        )
+    if video.stride > 1 and any(is_video((rows, cols)) for rows, cols in grids):
+        raise UserError(
+            f"videos are pooled by stride {video.stride}, {reason} model.video.stride to 1"
+        )
 
 
 def images_per_row(

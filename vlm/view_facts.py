@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from connectors.views import NOTHING_KNOWN, Reading, TextInput, Views
-from vlm.tiling import Size, Tiling
+from vlm.tiling import Size, Tiling, plan_of
 from vlm.token_layout import shown_parts
 
 
@@ -40,7 +40,7 @@ def describe_views(
             raise ValueError("qformer_input_ids are given, but the connector reads no text")
         if len(text.ids) != len(grids):
             raise ValueError(f"qformer_input_ids has {len(text.ids)} rows for {len(grids)} images")
-        views = [tiling.plan_of_grid(grid).num_views for grid in grids]
+        views = [plan_of(tiling, grid).num_views for grid in grids]
         counts = torch.tensor(views, device=text.ids.device)
         text = TextInput(*(x.repeat_interleave(counts, dim=0) for x in text))
     shown = None

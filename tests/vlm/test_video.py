@@ -199,3 +199,12 @@ def test_without_the_library_one_sentence(monkeypatch, clips):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match="make extras EXTRAS=video"):
         sample_video(clips["b_frames.mp4"], num_frames=2)
+
+
+def test_a_frame_that_is_not_there_is_no_other(clips):
+    from vlm.video_file import frames_shown_at, read_timeline
+
+    timeline = read_timeline(clips["b_frames.mp4"], VideoLimits())
+    between = int(timeline.shown[4]) + 1
+    with pytest.raises(UserError, match=r"frame at 0\.16 s cannot be decoded"):
+        list(frames_shown_at(clips["b_frames.mp4"], timeline, [between], VideoLimits(), 1))

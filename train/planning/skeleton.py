@@ -52,6 +52,10 @@ def build_skeleton(recipe: ModelRecipe, attention: str = "sdpa") -> Skeleton:
     """
     source = recipe.checkpoint
     config, processor = _components(recipe) if source is None else _checkpoint(source)
+    if recipe.video is not None:
+        config.video = dict(recipe.video)
+        if processor is not None:
+            processor.image_processor.set_video(recipe.video)
     with torch.device("meta"):
         model = VlmForConditionalGeneration(config)
     model.tie_weights()
