@@ -25,6 +25,7 @@ class Sampling:
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
+    num_beams: int = 1  # above 1 the reply comes in one piece
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -33,13 +34,16 @@ class Sampling:
             raise UserError(f"--temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
+        if self.num_beams < 1:
+            raise UserError(f"--num-beams must be at least 1, not {self.num_beams}")
 
     def generate_options(self) -> dict[str, Any]:
         """Return the arguments of `generate`."""
+        options: dict[str, Any] = {"num_beams": self.num_beams}
         if self.temperature == 0:
             # None unsets what a checkpoint's generation config may hold, which would warn.
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {
+            return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return options | {
             "do_sample": True,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -70,6 +74,7 @@ class ChatSession:
         """Begin an empty conversation; `system` is its first message, and survives `clear`."""
         self.model, self.processor, self.sampling = model, processor, sampling
         self.system = system
+        self._halt = _Stop()
         self.clear()
 
     def clear(self) -> None:
@@ -106,6 +111,28 @@ class ChatSession:
             reply["content"][0]["text"] += piece
             yield piece
 
+    def stop(self) -> None:
+        """End the reply that another thread is asking for; what was said is kept."""
+        self._halt.event.set()
+
+    def rewind(self, turn: int) -> str:
+        """Take back a question and all that follows; its pictures wait for the next question.
+
+        Args:
+            turn: which question, counted from 0.
+
+        Returns:
+            the question's text.
+        """
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        first = asked[turn]
+        question = self.messages[first]["content"]
+        kept = sum(_num_images(message) for message in self.messages[:first])
+        of_question = _num_images(self.messages[first])
+        self.messages = self.messages[:first]
+        self.waiting, self.images = self.images[kept : kept + of_question], self.images[:kept]
+        return question[-1]["text"]
+
     def _limit(self) -> int | None:
         """Return the longest sequence the language model knows, None where it has no limit."""
         return context_length(self.model.config.text_config)
@@ -128,19 +155,26 @@ class ChatSession:
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
         stop, failures = _Stop(), []
+        self._halt = stop
         new_tokens, limit = self.sampling.max_new_tokens, self._limit()
         if limit is not None:
             new_tokens = min(new_tokens, limit - inputs["input_ids"].shape[1])
 
+        in_one_piece = self.sampling.num_beams > 1  # beams are chosen at the end
+
         def generate() -> None:
             try:
-                self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+                ids = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                     **inputs,
                     **self.sampling.generate_options(),
                     max_new_tokens=new_tokens,
-                    streamer=streamer,
+                    streamer=None if in_one_piece else streamer,
                     stopping_criteria=StoppingCriteriaList([stop]),
                 )
+                if in_one_piece:
+                    reply = ids[0, inputs["input_ids"].shape[1] :]
+                    text = self.processor.tokenizer.decode(reply, skip_special_tokens=True)
+                    streamer.on_finalized_text(text, stream_end=True)
             except BaseException as error:
                 failures.append(error)  # raised again below, in the thread that asked
                 streamer.end()
@@ -155,22 +189,26 @@ class ChatSession:
         if failures:
             raise failures[0]
 
+    def to_record(self, name: str) -> dict[str, Any]:
+        """Return the conversation as a record in LLaVA's form, with the pictures' names."""
+        speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+        turns = [
+            {"from": speakers[message["role"]], "value": _with_placeholders(message)}
+            for message in self.messages
+        ]
+        record: dict[str, Any] = {"id": name}
+        names = [name for name, _ in self.images]
+        if names:
+            record["image"] = names[0] if len(names) == 1 else names
+        return record | {"conversations": turns}
+
     def save(self, path: str | Path) -> None:
         """Write the conversation as a LLaVA-format JSON file, one record.
 
         Raises:
             UserError: the file cannot be written.
         """
-        speakers = {"system": "system", "user": "human", "assistant": "gpt"}
-        turns = [
-            {"from": speakers[message["role"]], "value": _with_placeholders(message)}
-            for message in self.messages
-        ]
-        record: dict[str, Any] = {"id": Path(path).stem}
-        names = [name for name, _ in self.images]
-        if names:
-            record["image"] = names[0] if len(names) == 1 else names
-        record["conversations"] = turns
+        record = self.to_record(Path(path).stem)
         text = json.dumps([record], indent=2, ensure_ascii=False) + "\n"
         try:
             Path(path).write_text(text, encoding="utf-8")
@@ -182,6 +220,11 @@ def _message(role: str, text: str, num_images: int = 0) -> dict[str, Any]:
     """Return one message: pictures first, then the text."""
     images = [{"type": "image"} for _ in range(num_images)]
     return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+
+
+def _num_images(message: Mapping[str, Any]) -> int:
+    """Return how many pictures a message shows."""
+    return sum(entry["type"] == "image" for entry in message["content"])
 
 
 def _with_placeholders(message: Mapping[str, Any]) -> str:

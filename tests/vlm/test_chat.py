@@ -105,6 +105,42 @@ def test_clear_keeps_only_the_system_message(make_model, picture: Path) -> None:
     assert session.images == session.waiting == []
 
 
+def test_an_earlier_question_is_taken_back_with_its_pictures(make_model, make_image) -> None:
+    session = ChatSession(*make_model(), Sampling(max_new_tokens=2), system="Be brief.")
+    for number in range(3):
+        session.add_image(make_image(seed=number), name=f"{number}.png")
+        list(session.ask(f"Question {number}"))
+    assert session.rewind(1) == "Question 1"
+    assert [name for name, _ in session.images] == ["0.png"]
+    assert [name for name, _ in session.waiting] == ["1.png"]
+    assert [message["role"] for message in session.messages] == ["system", "user", "assistant"]
+    list(session.ask("Another"))
+    assert len(session.messages) == 5 and len(session.images) == 2
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_another_thread_ends_the_reply(make_model, monkeypatch, beams: int) -> None:
+    session = ChatSession(*make_model(), Sampling(max_new_tokens=900, num_beams=beams))
+    said = babble(session, monkeypatch, seconds=0.002)
+    threading.Timer(0.1, session.stop).start()
+    reply = "".join(session.ask("Count to a million."))
+    assert reply and reply == session.messages[-1]["content"][0]["text"]
+    assert len(said) < 500
+
+
+def test_beams_come_in_one_piece(make_model, picture: Path) -> None:
+    session = ChatSession(*make_model(), Sampling(max_new_tokens=6, num_beams=3))
+    session.add_image(picture)
+    (reply,) = session.ask("What is this?")
+    encoded = session.processor.encode(
+        session.messages[:1], [session.images[0][1]], add_generation_prompt=True
+    )
+    batch = session.processor.collate([encoded], "left")
+    ids = session.model.generate(**batch, max_new_tokens=6, num_beams=3, do_sample=False)
+    new = ids[0, len(encoded["input_ids"]) :]
+    assert reply == session.processor.tokenizer.decode(new, skip_special_tokens=True)
+
+
 def test_a_refused_question_changes_nothing(session: ChatSession, picture: Path) -> None:
     session.add_image(picture)
     with pytest.raises(UserError, match="<image>"):

@@ -1,0 +1,178 @@
+"""What happens when a visitor asks, stops, asks again, edits or begins anew?
+
+Asking takes two steps, because the second may wait in the queue: `post` checks the question and
+shows it at once, `answer` lets the model speak. What fails in the second goes back into the box.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from demo.sample_questions import SAMPLES
+from demo.talk import Served, Talk, begin, question_at, shown
+from demo.told import language, told
+from demo.uploads import keep_picture
+from demo.wording import say
+from vlm.chat_session import Sampling
+from vlm.errors import UserError
+
+SECONDS_BETWEEN_UPDATES = 0.05
+Messages = list[dict[str, Any]]
+
+
+class Handlers:
+    """The page's event handlers; each takes and gives back the visitor's `Talk`."""
+
+    def __init__(self, served: Served) -> None:
+        """Serve one model; the methods are wrapped so that errors are told in a sentence."""
+        self.served = served
+        self.post, self.answer = told(self._post), told(self._answer)
+        self.retry, self.edit = told(self._retry), told(self._edit)
+        self.sample = told(self._sample)
+        self.take_back, self.new_chat = told(self._take_back), told(self._new_chat)
+
+    def _post(
+        self, question: Mapping[str, Any], system: str, talk: Talk | None, request: gr.Request
+    ) -> tuple[Talk, Messages, dict[str, Any]]:
+        """Check a question and its files, and show it.
+
+        Raises:
+            UserError: it is empty or too long, or a file cannot be taken; nothing is kept.
+        """
+        words, limits = language(request), self.served.limits
+        talk = talk or begin(self.served)
+        if talk.question is not None or talk.answering:
+            raise UserError(say(words, "still_answering"))
+        text = question["text"].strip()
+        if not text:
+            raise UserError(say(words, "no_question"))
+        if len(text) > limits.max_question:
+            raise UserError(say(words, "question_too_long", limit=limits.max_question))
+        files = [Path(path) for path in question["files"]]
+        if talk.num_pictures() + len(files) > limits.max_pictures:
+            raise UserError(say(words, "too_many_pictures", limit=limits.max_pictures))
+        kept = [keep_picture(path, path.name, talk.folder, limits, words) for path in files]
+        if not talk.chat.messages:
+            talk.chat.system = system.strip() or None
+            waiting = talk.chat.waiting
+            talk.chat.clear()
+            talk.chat.waiting = waiting
+        for path, picture in kept:
+            talk.chat.add_image(picture, name=path)
+        talk.question, talk.stopped = text, False
+        return talk, shown(talk, say(words, "picture")), busy_box()
+
+    def _sample(
+        self, clicked: gr.SelectData, system: str, talk: Talk | None, request: gr.Request
+    ) -> tuple[Talk, Messages, dict[str, Any]]:
+        """Ask one of the sample questions."""
+        sample = SAMPLES[clicked.index]
+        question = {"text": sample.question, "files": [str(sample.path)]}
+        return self._post(question, system, talk, request)
+
+    def _answer(
+        self,
+        talk: Talk,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
+        beams: float,
+        request: gr.Request,
+    ) -> Iterator[tuple[Messages, dict[str, Any]]]:
+        """Yield the conversation as the reply grows.
+
+        Raises:
+            UserError: the question cannot be encoded, or the conversation is too long.
+        """
+        word = say(language(request), "picture")
+        if talk.question is None or talk.stopped:
+            yield self._take_back(talk, request)
+            return
+        talk.chat.sampling = Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=int(max_new_tokens),
+            num_beams=int(beams),
+        )
+        last, talk.answering = 0.0, True
+        try:
+            with closing(talk.chat.ask(talk.question)) as pieces:
+                for _ in pieces:
+                    talk.question = None  # it is part of the conversation now
+                    if talk.stopped:
+                        break
+                    if time.monotonic() - last > SECONDS_BETWEEN_UPDATES:
+                        yield shown(talk, word), gr.skip()
+                        last = time.monotonic()
+        finally:
+            talk.answering = False
+        talk.question = None  # also where the reply is empty
+        yield shown(talk, word), idle_box()
+
+    def _take_back(self, talk: Talk | None, request: gr.Request) -> tuple[Messages, dict[str, Any]]:
+        """Put a question that was not answered back into the box, with its pictures."""
+        if talk is None or talk.question is None:
+            return _messages(talk, request), idle_box()
+        files = [name for name, _ in talk.chat.waiting]
+        text, talk.question, talk.chat.waiting = talk.question, None, []
+        return _messages(talk, request), idle_box(text, files)
+
+    def _retry(
+        self, clicked: gr.RetryData, talk: Talk, request: gr.Request
+    ) -> tuple[Talk, Messages, dict[str, Any]]:
+        """Take an answer back, so that `answer` gives another."""
+        return self._again(talk, clicked.index, None, request)
+
+    def _edit(
+        self, clicked: gr.EditData, talk: Talk, request: gr.Request
+    ) -> tuple[Talk, Messages, dict[str, Any]]:
+        """Ask another question in place of an earlier one; what followed it is dropped."""
+        return self._again(talk, clicked.index, clicked.value, request)
+
+    def _again(
+        self, talk: Talk, index: int | tuple[int, int], text: str | None, request: gr.Request
+    ) -> tuple[Talk, Messages, dict[str, Any]]:
+        message = index if isinstance(index, int) else index[0]
+        talk.chat.stop()
+        before = talk.chat.rewind(question_at(_messages(talk, request), message))
+        talk.question, talk.stopped = text or before, False
+        return talk, _messages(talk, request), busy_box()
+
+    def _new_chat(
+        self, talk: Talk | None, request: gr.Request
+    ) -> tuple[Talk | None, Messages, dict[str, Any]]:
+        """Forget the conversation; the system prompt is read anew at the next question."""
+        if talk is not None:
+            talk.stop()
+            talk.chat.clear()
+            talk.chat.messages = []
+            talk.question = None
+        return talk, _messages(talk, request), idle_box("", [])
+
+
+def stop(talk: Talk | None) -> None:
+    """End the reply; the handler that gives it does the rest."""
+    if talk is not None:
+        talk.stop()
+
+
+def _messages(talk: Talk | None, request: gr.Request) -> Messages:
+    return [] if talk is None else shown(talk, say(language(request), "picture"))
+
+
+def busy_box() -> dict[str, Any]:
+    """Return the update of an emptied question box that can only be told to stop."""
+    value = {"text": "", "files": []}
+    return gr.update(value=value, submit_btn=False, stop_btn=True)
+
+
+def idle_box(text: str | None = None, files: list[str] | None = None) -> dict[str, Any]:
+    """Return the update of a question box that can send, with a new content if one is given."""
+    if text is None:
+        return gr.update(submit_btn=True, stop_btn=False)
+    value = {"text": text, "files": files or []}
+    return gr.update(value=value, submit_btn=True, stop_btn=False)

@@ -1,0 +1,16 @@
+// What gradio's page lacks: alternative texts of pictures in the conversation, Esc to stop a reply.
+() => {
+  const chinese = navigator.language.toLowerCase().startsWith("zh");
+  document.documentElement.lang = chinese ? "zh" : "en";
+  const word = chinese ? "图片" : "Picture";
+  const name = () => {
+    document.querySelectorAll("#chat .message img").forEach((image, number) => {
+      const wanted = `${word} ${number + 1}`;
+      if (image.alt !== wanted) image.alt = wanted;
+    });
+  };
+  new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") document.querySelector("#box .stop-button")?.click();
+  });
+}

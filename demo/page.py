@@ -1,0 +1,142 @@
+"""How does the page look, and which handler serves which part of it?
+
+`build_page` mounts everything; a panel beside the chat is a function that takes the `Page`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from demo.handlers import Handlers, stop
+from demo.labels import Labels
+from demo.sample_questions import cards
+from demo.talk import Served, forget
+from demo.told import language
+
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+# Of events that do not wait for the model.
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The parts that panels may read, and where they go."""
+
+    served: Served
+    labels: Labels
+    talk: gr.State  # a demo.talk.Talk, None before the first question
+    chatbot: gr.Chatbot
+    box: gr.MultimodalTextbox
+    system: gr.Textbox
+    settings: list[Component]  # temperature, top-p, longest reply, beams
+    beside: gr.Column  # panels are mounted in here, and make it visible
+
+
+def build_page(served: Served) -> gr.Blocks:
+    """Return the page, which `demo.server` serves."""
+    labels = Labels()
+    with gr.Blocks(title=f"{served.name} - vlm", analytics_enabled=False) as blocks:
+        talk = gr.State(None, time_to_live=3600, delete_callback=forget)
+        with gr.Row(elem_id="bar"):
+            gr.HTML(f"<h1>{served.name}</h1>", elem_id="title", padding=False)
+            new_chat = labels.new(
+                gr.Button, {"value": "new_chat"}, size="sm", scale=0, elem_id="new-chat"
+            )
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=3, elem_id="talk"):
+                chatbot = _chatbot(labels)
+                box = _question_box(labels)
+            with gr.Column(scale=2, elem_id="beside", visible=False) as beside:
+                pass
+        system, settings = _settings(labels)
+        page = Page(served, labels, talk, chatbot, box, system, settings, beside)
+        _wire(page, new_chat)
+        blocks.load(labels.in_language, None, labels.components, **AT_ONCE)
+        blocks.load(_cards_in_language, None, chatbot, **AT_ONCE)
+    return blocks
+
+
+def _cards_in_language(request: gr.Request) -> gr.Chatbot:
+    return gr.Chatbot(examples=cards(language(request)))
+
+
+def _chatbot(labels: Labels) -> gr.Chatbot:
+    return labels.new(
+        gr.Chatbot,
+        {"label": "conversation", "placeholder": "greeting"},
+        elem_id="chat",
+        show_label=False,
+        height="100%",
+        layout="bubble",
+        buttons=["copy"],
+        editable="user",
+        group_consecutive_messages=False,
+        allow_tags=False,
+        latex_delimiters=[],
+        allow_file_downloads=False,
+        examples=cards("en"),
+    )
+
+
+def _question_box(labels: Labels) -> gr.MultimodalTextbox:
+    return labels.new(
+        gr.MultimodalTextbox,
+        {"label": "ask", "placeholder": "ask"},
+        elem_id="box",
+        show_label=False,
+        sources=["upload"],
+        file_types=["image"],
+        file_count="multiple",
+        autofocus=True,
+        max_plain_text_length=8000,
+    )
+
+
+def _settings(labels: Labels) -> tuple[gr.Textbox, list[Component]]:
+    """Mount the sidebar; return the system prompt and what `Handlers.answer` takes, in order."""
+    with gr.Sidebar(position="right", open=False, elem_id="settings"):
+        labels.new(gr.Markdown, {"value": "settings"})
+        system = labels.new(
+            gr.Textbox, {"label": "system", "info": "system_info"}, lines=2, elem_id="system"
+        )
+        about_heat = {"label": "temperature", "info": "temperature_info"}
+        about_beams = {"label": "beams", "info": "beams_info"}
+        settings: list[Component] = [
+            labels.new(gr.Slider, about_heat, 0, 2, 0, step=0.05, elem_id="temperature"),
+            labels.new(gr.Slider, {"label": "top_p"}, 0.05, 1, 1, step=0.05, elem_id="top-p"),
+            labels.new(gr.Slider, {"label": "longest"}, 1, 2048, 256, step=1, elem_id="longest"),
+            labels.new(gr.Slider, about_beams, 1, 8, 1, step=1, elem_id="beams"),
+        ]
+    return system, settings
+
+
+def _wire(page: Page, new_chat: gr.Button) -> None:
+    """Connect the parts with their handlers."""
+    handlers = Handlers(page.served)
+    talk, chatbot, box = page.talk, page.chatbot, page.box
+    asked = [talk, chatbot, box]
+    posts = [
+        box.submit(handlers.post, [box, page.system, talk], asked, **AT_ONCE),
+        chatbot.retry(handlers.retry, talk, asked, **AT_ONCE),
+        chatbot.edit(handlers.edit, talk, asked, **AT_ONCE),
+        chatbot.example_select(handlers.sample, [page.system, talk], asked, **AT_ONCE),
+    ]
+    for posted in posts:
+        answered = posted.success(
+            handlers.answer,
+            [talk, *page.settings],
+            [chatbot, box],
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress="minimal",
+            show_progress_on=[chatbot],
+            api_visibility="private",
+        )
+        answered.failure(handlers.take_back, talk, [chatbot, box], **AT_ONCE)
+    box.stop(stop, talk, None, **AT_ONCE)
+    for event in (new_chat.click, chatbot.clear):
+        event(handlers.new_chat, talk, asked, **AT_ONCE)

@@ -1,0 +1,92 @@
+"""How is the page served, so that no request leaves the machine and no other file is given out?"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from demo.limits import Limits
+from vlm.modeling import VlmForConditionalGeneration
+from vlm.processing import VlmProcessor
+
+if TYPE_CHECKING:
+    from gradio.themes import Soft
+
+# Read by gradio when it is imported, or when blocks are built.
+OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where the page is found, and who may see it."""
+
+    host: str = "127.0.0.1"
+    port: int | None = None  # None: the first free one from 7860
+    auth: tuple[str, str] | None = None  # user, password
+    share: bool = False
+
+
+@contextmanager
+def serving(
+    name: str,
+    model: VlmForConditionalGeneration,
+    processor: VlmProcessor,
+    limits: Limits,
+    address: Address,
+) -> Iterator[str]:
+    """Serve a model while the block runs; yield the page's URL.
+
+    Uploads and pictures lie in a folder of the server's own, which goes when it ends.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="vlm-demo-")).resolve()
+    os.environ |= OFFLINE | {"GRADIO_TEMP_DIR": str(folder)}
+    from demo.page import CSS, SCRIPT, build_page
+    from demo.talk import Served
+
+    served = Served(name, model, processor, limits, folder)
+    blocks = build_page(served)
+    blocks.queue(max_size=limits.max_waiting, default_concurrency_limit=8)
+    try:
+        _, url, _ = blocks.launch(
+            server_name=address.host,
+            server_port=address.port,
+            auth=address.auth,
+            share=address.share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            inbrowser=False,
+            max_file_size=limits.max_file_bytes,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            css=CSS,
+            js=SCRIPT,
+            theme=_theme(),
+        )
+        yield blocks.share_url or url
+    finally:
+        blocks.close(verbose=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _theme() -> "Soft":
+    """Return colours and fonts; the fonts are the machine's own."""
+    from gradio.themes import Soft
+
+    sans = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans SC", "sans-serif")
+    return Soft(
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=sans,
+        font_mono=("ui-monospace", "monospace"),
+    )
