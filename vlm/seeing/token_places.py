@@ -59,15 +59,17 @@ def token_places(
     is_whole = torch.zeros(len(seen), len(cells.cells), 1, dtype=boxes.dtype)
     if plan.whole != "none" and len(seen) > 1:
         is_whole[0 if plan.whole == "first" else -1] = 1
-    nowhere = torch.full((5,), nan, dtype=boxes.dtype)
+    has_place = (~boxes[..., :1].isnan()).to(boxes.dtype)
+    nowhere = torch.zeros(6, dtype=boxes.dtype)
     placed = lay_out(
-        torch.cat([boxes, is_whole], dim=-1),
+        torch.cat([boxes.nan_to_num(0.0), is_whole, has_place], dim=-1),
         *(image_size, tiling, view_size, token_grid),
         newline=nowhere,
         grid=plan.grid,
         separator=nowhere,
     )
-    places = TokenPlaces(placed[:, :4], placed[:, 4] == 1)
+    laid_out = placed[:, :4].masked_fill(placed[:, 5:] < 1 - 1e-6, nan)
+    places = TokenPlaces(laid_out, placed[:, 4] == 1)
     if isinstance(tiling, AnyresTiling) and tiling.max_tiles is not None and plan.grid != (0, 0):
         full = mosaic_size(image_size, replace(tiling, max_tiles=None), plan.grid, token_grid)
         kept = mosaic_size(image_size, tiling, plan.grid, token_grid)
