@@ -126,14 +126,13 @@ def put_on_base(
         write_base(model, processor, folder)
     mixed = "bfloat16" if stage.training.get("bf16") else recipe.model.dtype
     compute_dtype = "float16" if stage.training.get("fp16") else mixed
-    trained = [prefix for part in stage.ever_trained for prefix in PARTS[part]]
     base = Base(
         folder=str(folder.resolve()),
         fingerprint=fingerprint(folder) if is_main_process() else "",
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
         compute_dtype=compute_dtype,
-        trained=[p for p in trained if p not in PARTS["language_model"]],
+        trained=trained_beside(stage),
     )
     if base.quantization is not None:
         quantize(model, base.quantization, getattr(torch, compute_dtype))
@@ -143,6 +142,12 @@ def put_on_base(
         if base.holds(name) and not is_adapter(name):
             parameter.data = parameter.data.float()  # what learns is kept exactly
     model.on_base = base
+
+
+def trained_beside(stage: "StageRecipe") -> list[str]:
+    """Return the prefixes of parameters that a stage trains in full beside the language model."""
+    parts = [part for part in stage.ever_trained if part != "language_model"]
+    return [prefix for part in parts for prefix in PARTS[part]]
 
 
 def write_base(model: Any, processor: Any, folder: Path) -> None:

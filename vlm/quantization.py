@@ -43,6 +43,24 @@ def quantize(model: Any, kind: Quantization, compute_dtype: torch.dtype) -> None
         UserError: the language model reads its weights past its layers, or has no linear layers.
     """
     language_model = model.model.language_model
+    names = linears_to_quantize(model, kind)
+    for name in names:
+        linear: Any = language_model.get_submodule(name)
+        quantized = _nf4(linear, compute_dtype) if kind == "nf4" else _int8(linear)
+        language_model.set_submodule(name, quantized.requires_grad_(False))
+    setattr(model, MARKS[kind], True)
+    found = quantized_linears(model)
+    assert found == [f"model.language_model.{name}" for name in names], "others were quantised"
+
+
+def linears_to_quantize(model: Any, kind: Quantization) -> list[str]:
+    """Return the paths of a model's linear layers inside its language model.
+
+    Raises:
+        UserError: the language model reads its weights past its layers, has no linear layers, or
+            they have rows that cannot be quantised.
+    """
+    language_model = model.model.language_model
     if model.model.state_traits is not None:
         raise UserError(
             f"model.quantization: {type(language_model).__name__} reads the weights of its layers "
@@ -56,13 +74,7 @@ def quantize(model: Any, kind: Quantization, compute_dtype: torch.dtype) -> None
         )
     if kind == "nf4":
         _check_blocks(language_model, names)
-    for name in names:
-        linear: Any = language_model.get_submodule(name)
-        quantized = _nf4(linear, compute_dtype) if kind == "nf4" else _int8(linear)
-        language_model.set_submodule(name, quantized.requires_grad_(False))
-    setattr(model, MARKS[kind], True)
-    found = quantized_linears(model)
-    assert found == [f"model.language_model.{name}" for name in names], "others were quantised"
+    return names
 
 
 def _check_blocks(language_model: nn.Module, names: list[str]) -> None:

@@ -45,8 +45,32 @@ SHAPES: dict[str, dict[str, Any]] = {
         "training": {"per_device_train_batch_size": 4, "bf16": True, "use_cpu": True},
     },
 }
+# A language model whose layers outweigh its embedding, as those that are adapted do.
+LARGE = {
+    "language_model": {"hidden_size": 768, "num_hidden_layers": 8, "vocab_size": 8000},
+    "trainable": {"connector": 1e-4, "language_model": 1e-4},
+    "training": {"per_device_train_batch_size": 4},
+}
+ADAPTER = {"type": "lora", "rank": 32, "alpha": 64}
+CHECKPOINTED = {"per_device_train_batch_size": 4, "gradient_checkpointing": True}
+SHAPES |= {
+    "LoRA": {**LARGE, "adapter": ADAPTER},
+    "DoRA, checkpointed": {
+        **LARGE,
+        "adapter": {**ADAPTER, "dora": True},
+        "training": CHECKPOINTED,
+    },
+    "NF4 with LoRA": {**LARGE, "adapter": ADAPTER, "quantization": "nf4"},
+    "NF4 with LoRA, checkpointed": {
+        **LARGE,
+        "adapter": ADAPTER,
+        "quantization": "nf4",
+        "training": CHECKPOINTED,
+    },
+    "int8 with LoRA": {**LARGE, "adapter": ADAPTER, "quantization": "int8"},
+}
 TINY = {
-    "language_model": {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 300},
+    "language_model": {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 300},
     "vision": {"hidden_size": 32, "num_hidden_layers": 1},
     "trainable": {"vision_tower": 1e-4, "connector": 1e-4, "language_model": 1e-4},
     "training": {"per_device_train_batch_size": 2},
@@ -113,11 +137,13 @@ def make_recipe(shape: dict[str, Any], folder: Path) -> dict[str, Any]:
             "language_model": str(folder / "language_model"),
             "tiling": shape.get("tiling", {"type": "resize"}),
             "chat_template": "chatml",
+            "quantization": shape.get("quantization"),
         },
         "stages": [
             {
                 "name": "stage",
                 "trainable": shape["trainable"],
+                "adapter": shape.get("adapter"),
                 "data": {"sources": [{"name": "data", "path": str(folder / "data.json")}]},
                 "training": {**shape["training"], "max_steps": STEPS, "save_strategy": "no"},
             }
@@ -165,10 +191,13 @@ def train(recipe: Any, stage: str, folder: Path) -> int:
     (chosen,) = (s for s in recipe.stages if s.name == stage)
     folder.mkdir(parents=True)
     parts = stage_parts(recipe, chosen, None, None)
+    for parameter in parts.model.parameters():
+        # Off the pages of the file: these stay mapped as long as one tensor lies in them.
+        parameter.data = parameter.data.clone()
     groups = freeze(parts.model, chosen.trainable)
     arguments = training_arguments(recipe, chosen, folder)
     manifest = StageManifest(folder, recipe, chosen, arguments.device)
-    trainer = make_trainer(chosen, folder, parts, groups, arguments, manifest)
+    trainer = make_trainer(chosen, folder, parts, groups, arguments, manifest, recipe.seed)
     peak = Peak()
     trainer.add_callback(peak)
     trainer.train()
@@ -203,7 +232,9 @@ def measure(case: str, quickstart: str) -> dict[str, float]:
             recipe = load_recipe(folder / "recipe.yaml", changes)
         tiny = folder / "tiny"
         tiny.mkdir()
-        train(parse_recipe(make_recipe(TINY, tiny), "tiny"), "stage", tiny / "stage")
+        # With what the case needs of libraries, so that these are loaded before.
+        needs = {key: SHAPES.get(case, {}).get(key) for key in ("adapter", "quantization")}
+        train(parse_recipe(make_recipe(TINY | needs, tiny), "tiny"), "stage", tiny / "stage")
         planned = plan_bytes(recipe, stage)
         gc.collect()
         before = resident("VmRSS")
@@ -216,12 +247,14 @@ def main() -> None:
     parser.add_argument(
         "--quickstart", metavar="DIR", help="a finished one: its base models and data"
     )
-    parser.add_argument("--one", metavar="CASE")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="these alone")
+    parser.add_argument("--one", metavar="CASE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args.quickstart)))
         return
     cases = [*SHAPES, *(["quickstart align", "quickstart instruct"] if args.quickstart else [])]
+    cases = args.cases or cases
     print("| MB | model and optimizer | activations | planned | measured | planned / measured |")
     print("|---|---|---|---|---|---|")
     for case in cases:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from train.planning.memory import Memory
 from train.planning.settings import deepspeed
 from train.planning.stage import LORA_RANK, Setup, StageCosts
+from vlm.errors import UserError
+from vlm.quantization import linears_to_quantize
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,22 @@ def _micro_batch(setup: Setup, _: StageCosts) -> list[Change]:
     return changes
 
 
+def _quantize(setup: Setup, costs: StageCosts) -> list[Change]:
+    """Return 4 bits for weights that an adapter leaves as they are; engines cannot cut these."""
+    adapted = costs.stage.adapter is not None
+    if not adapted or setup.quantization is not None or setup.sharding.engine != "ddp":
+        return []
+    try:
+        linears_to_quantize(costs.skeleton.model, "nf4")
+    except UserError:
+        return []  # it says what this model lacks; here it is one offer less
+    new = replace(setup, quantization="nf4")
+    return [Change(new, "model.quantization: nf4", "making weights whole at every use")]
+
+
 def _level(setup: Setup, costs: StageCosts) -> list[Change]:
     """Return the ZeRO levels above this one; one GPU has nobody to share with."""
-    if costs.gpus == 1:
+    if costs.gpus == 1 or setup.quantization is not None:
         return []
     prices = {
         1: "next to nothing",
@@ -85,6 +100,8 @@ def _level(setup: Setup, costs: StageCosts) -> list[Change]:
 
 
 def _offload(setup: Setup, costs: StageCosts) -> list[Change]:
+    if setup.quantization is not None:
+        return []
     least = max(2, setup.sharding.level)
     offers = {
         "offload_optimizer": (least, True, False),
@@ -101,7 +118,7 @@ def _offload(setup: Setup, costs: StageCosts) -> list[Change]:
 
 
 def _lora(setup: Setup, costs: StageCosts) -> list[Change]:
-    if "language_model" not in costs.trained:
+    if "language_model" not in costs.trained or costs.stage.adapter is not None:
         return []
     how = f"adapter: {{rank: {LORA_RANK}}}, LoRA in place of training the language model"
     return [Change(replace(setup, lora=True), how, "another result")]
@@ -110,6 +127,7 @@ def _lora(setup: Setup, costs: StageCosts) -> list[Change]:
 CHANGES: tuple[Callable[[Setup, StageCosts], list[Change]], ...] = (
     _checkpointing,
     _micro_batch,
+    _quantize,
     _level,
     _offload,
     _lora,

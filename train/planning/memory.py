@@ -22,11 +22,12 @@ class Bytes:
     """Bytes for each parameter.
 
     Attributes:
-        weight: of every parameter.
+        weight: of a parameter, quantised ones aside.
         gradient: of one that trains.
         master: of its float32 copy, where the weight is of a lower type.
         states: of the optimizer's moments.
         step: what the optimizer's step needs for a moment.
+        frozen: the weight of one that does not train; None: as of one that does.
     """
 
     weight: float
@@ -34,6 +35,7 @@ class Bytes:
     master: float
     states: float
     step: float = 0.0
+    frozen: float | None = None
 
     @property
     def trained(self) -> float:
@@ -105,7 +107,8 @@ def model_states(trained: int, frozen: int, per: Bytes, sharding: Sharding) -> M
         sharding: over which processes, and what goes to the host.
     """
     processes = [sharding.gpus if sharding.level >= level else 1 for level in (1, 2, 3)]
-    weights = (trained + frozen) * per.weight / processes[2]
+    frozen_weight = per.weight if per.frozen is None else per.frozen
+    weights = (trained * per.weight + frozen * frozen_weight) / processes[2]
     gradients = trained * per.gradient / processes[1]
     optimizer = trained * (per.master + per.states) / processes[0]
     step = trained * per.step / processes[0]

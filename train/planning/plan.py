@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from train.adapted import keeps_base
 from train.features.plan import Demand, saved_share
 from train.objectives import NextToken
 from train.planning.advice import Advice, advise
@@ -24,6 +23,7 @@ from train.planning.step import Sample, StepCost, plan_views
 from train.recipe import Recipe, StageRecipe
 from vlm.errors import UserError
 from vlm.lm_head import CHUNK_ELEMENTS
+from vlm.quantization import Quantization
 from vlm.tiling import Size
 
 
@@ -74,6 +74,7 @@ class StagePlan:
         changes: how often another set of parts trains.
         settings: its arguments.
         trained: part -> parameters that train.
+        adapter: parameters of an adapter beside the model's own.
         lengths: its rows.
         mean_length, longest_length: tokens of these rows, images included.
         cost: of a micro-batch of mean rows.
@@ -94,6 +95,7 @@ class StagePlan:
     changes: int
     settings: StageSettings
     trained: dict[str, int]
+    adapter: int
     lengths: Lengths
     mean_length: int
     longest_length: int
@@ -121,6 +123,7 @@ class Plan:
         name: of the recipe.
         parameters: part -> built.
         published: part -> in its checkpoint.
+        quantization: of the language model's linear layers.
         view_size: pixels of a view's side.
         images: what images of some sizes cost.
         stages: those that can be planned.
@@ -132,6 +135,7 @@ class Plan:
     name: str
     parameters: dict[str, int]
     published: dict[str, int]
+    quantization: Quantization | None
     view_size: int
     images: list[ImageTokens]
     stages: list[StagePlan]
@@ -150,11 +154,6 @@ def make_plan(recipe: Recipe, options: Options, only: str | None = None) -> Plan
     planned = [stage for stage in chosen if isinstance(stage.aim, NextToken)]
     if not planned:
         raise UserError("no stage trains a language model, and only such stages can be planned")
-    if beside := [stage.name for stage in planned if keeps_base(recipe, stage)]:
-        raise UserError(
-            f"stages.{beside[0]}: an adapter or quantised weights cannot be planned yet; plan it "
-            f"in full: --stages.{beside[0]}.adapter null --model.quantization null"
-        )
     if filled := [stage.name for stage in planned if stage.packing is not None]:
         raise UserError(
             f"stages.{filled[0]}: rows filled to a length cannot be planned yet; plan the records "
@@ -166,6 +165,7 @@ def make_plan(recipe: Recipe, options: Options, only: str | None = None) -> Plan
         name=recipe.name,
         parameters=skeleton.parameters,
         published=skeleton.published,
+        quantization=recipe.model.quantization,
         view_size=skeleton.model.model.vision_tower.image_size,
         images=[_image_tokens(skeleton, size) for size in options.image_sizes],
         stages=stages,
@@ -188,7 +188,8 @@ def plan_stage(
     found = count_records(stage, recipe.seed)
     lengths = _lengths(recipe, stage, skeleton, settings, options, bool(found))
     costs = StageCosts(
-        skeleton, stage, settings, lengths, recipe.model.dtype, options.gpus, options.reserve
+        *(skeleton, stage, settings, lengths, recipe.model.dtype, recipe.model.quantization),
+        *(options.gpus, options.reserve),
     )
     setup, budget = costs.setup(), options.memory * GIB
     cost, memory = costs.cost(lengths.mean, setup), costs.memory(setup)
@@ -198,12 +199,14 @@ def plan_stage(
     if steps is not None and records is not None:
         epochs = steps * settings.micro_batch * settings.accumulation * options.gpus / records
     others = all_shardings(settings.engine, options.gpus, costs.hidden_size)
-    tables = others if options.reserve else []  # a CPU has no host to lean on
+    # A CPU has no host to lean on, and engines cannot cut quantised weights.
+    tables = others if options.reserve and recipe.model.quantization is None else []
     return StagePlan(
         name=stage.name,
         changes=len(stage.changes),
         settings=settings,
         trained=costs.trained,
+        adapter=costs.adapter_size,
         lengths=lengths,
         mean_length=cost.length,
         longest_length=costs.cost(lengths.longest, setup).length,

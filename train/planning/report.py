@@ -9,6 +9,7 @@ from train.planning.memory import GIB, Memory
 from train.planning.plan import Options, Plan, StagePlan
 from train.planning.step import StepCost
 
+_ADAPTER = {"language_model": "an adapter of language_model"}
 UNITS = {"GiB": GIB, "MiB": 2**20}
 
 
@@ -77,6 +78,8 @@ def _parameters(plan: Plan) -> Iterator[str]:
     )
     if total > built:
         yield f"Not built: {count(total - built)} of encoder layers that nobody reads"
+    if plan.quantization is not None:
+        yield f"The language model's linear layers are kept in {plan.quantization}"
     unit = unit_of(plan.load_bytes)
     loads = amount(plan.load_bytes, UNITS[unit])
     yield f"Host memory of each process while it loads: {loads} {unit}"
@@ -93,9 +96,11 @@ def _images(plan: Plan) -> list[str]:
 
 def _stage(stage: StagePlan, plan: Plan, options: Options) -> Iterator[str]:
     settings, cost = stage.settings, stage.cost
-    trained, total = sum(stage.trained.values()), sum(plan.parameters.values())
+    trained = sum(stage.trained.values())
+    total = sum(plan.parameters.values()) + stage.adapter
     batch = settings.micro_batch * settings.accumulation * options.gpus
-    train = f"{' and '.join(stage.trained)} train{'s' * (len(stage.trained) == 1)}"
+    names = [_ADAPTER.get(n, n) if stage.adapter else n for n in stage.trained]
+    train = f"{' and '.join(names)} train{'s' * (len(names) == 1)}"
     yield f"Stage {stage.name}: {train}, {count(trained)} of {count(total)}"
     yield (
         f"  Rows of {stage.mean_length:,} tokens on average, {stage.longest_length:,} at most; "

@@ -56,14 +56,20 @@ def build_skeleton(recipe: ModelRecipe, attention: str = "sdpa") -> Skeleton:
         config.video = dict(recipe.video)
         if processor is not None:
             processor.image_processor.set_video(recipe.video)
+    model = hollow_model(config, attention)
+    parameters = count_parts(model)
+    whole = _whole_encoder(model.model.vision_tower.config, parameters["vision_tower"])
+    return Skeleton(model, processor, parameters, {**parameters, "vision_tower": whole})
+
+
+def hollow_model(config: VlmConfig, attention: str) -> VlmForConditionalGeneration:
+    """Return a model on the meta device, with so called attention in its language model."""
     with torch.device("meta"):
         model = VlmForConditionalGeneration(config)
     model.tie_weights()
     # Here, because building turns `sdpa` into a form for CPUs.
     model.model.language_model.config._attn_implementation = attention
-    parameters = count_parts(model)
-    whole = _whole_encoder(model.model.vision_tower.config, parameters["vision_tower"])
-    return Skeleton(model, processor, parameters, {**parameters, "vision_tower": whole})
+    return model
 
 
 def count_parts(model: nn.Module, trained_only: bool = False) -> dict[str, int]:

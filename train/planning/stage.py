@@ -1,12 +1,13 @@
 """What does one stage of a recipe cost, as it stands and with other settings?"""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from train.adapted import trained_beside
 from train.freeze import freeze
 from train.planning.lengths import Lengths
 from train.planning.memory import (
@@ -17,10 +18,13 @@ from train.planning.memory import (
     model_states,
     with_activations,
 )
+from train.planning.on_base import put_on_base, state_bytes
 from train.planning.settings import StageSettings, bytes_per_parameter
-from train.planning.skeleton import Skeleton, count_parts, largest_layer
+from train.planning.skeleton import Skeleton, count_parts, hollow_model, largest_layer
 from train.planning.step import Sample, StepCost, rehearse
 from train.recipe import StageRecipe, with_place
+from vlm.adapters import is_adapter
+from vlm.quantization import Quantization
 
 LORA_RANK = 128  # LLaVA-1.5's finetune_lora.sh
 
@@ -33,7 +37,8 @@ class Setup:
     rows: int  # of a micro-batch
     accumulation: int
     sharding: Sharding
-    lora: bool = False
+    quantization: Quantization | None = None
+    lora: bool = False  # in place of a language model that trains in full
 
 
 @dataclass
@@ -46,6 +51,7 @@ class StageCosts:
         settings: its arguments.
         lengths: its rows.
         dtype: of the recipe's weights.
+        quantization: of the recipe's language model.
         gpus: how many.
         reserve: bytes of a GPU that are taken before anything is stored.
     """
@@ -55,8 +61,10 @@ class StageCosts:
     settings: StageSettings
     lengths: Lengths
     dtype: str
+    quantization: Quantization | None
     gpus: int
     reserve: int
+    _models: dict[Quantization | None, Any] = field(default_factory=dict)
     _known: dict[Any, StepCost] = field(default_factory=dict)
 
     @property
@@ -64,17 +72,36 @@ class StageCosts:
         """Width of the language model."""
         return self.skeleton.model.config.text_config.hidden_size
 
+    def model(self, quantization: Quantization | None) -> Any:
+        """Return the stage's model, what trains in it requiring gradients."""
+        adapter = self.stage.adapter
+        if quantization is None and adapter is None:
+            model = self.skeleton.model  # also other stages'
+        elif quantization in self._models:
+            return self._models[quantization]
+        else:
+            whole: Any = self.skeleton.model
+            attention = whole.model.language_model.config._attn_implementation
+            model = self._models[quantization] = hollow_model(whole.config, attention)
+            compute_dtype = getattr(torch, self.settings.lower or self.dtype)
+            autocast = self.settings.lower is not None
+            put_on_base(model, adapter, quantization, compute_dtype, autocast)
+        # All trains that trains at any time of the stage: its changes come one by one.
+        first, *later = self.stage.phases
+        with_place(f"stages.{self.stage.name}", freeze, model, first, later)
+        return model
+
     @cached_property
     def trained(self) -> dict[str, int]:
         """Part -> parameters that train."""
-        self._freeze()
-        parts = count_parts(self.skeleton.model, trained_only=True)
+        parts = count_parts(self.model(self.quantization), trained_only=True)
         return {part: n for part, n in parts.items() if n}
 
-    def _freeze(self) -> None:
-        """Let all train that trains at any time of the stage: its changes come one by one."""
-        first, *later = self.stage.phases
-        with_place(f"stages.{self.stage.name}", freeze, self.skeleton.model, first, later)
+    @cached_property
+    def adapter_size(self) -> int:
+        """Parameters of the stage's adapter."""
+        named = self.model(self.quantization).named_parameters()
+        return sum(parameter.numel() for name, parameter in named if is_adapter(name))
 
     def setup(self) -> Setup:
         """Return the recipe's own."""
@@ -84,25 +111,39 @@ class StageCosts:
             settings.micro_batch,
             settings.accumulation,
             settings.sharding(self.gpus, self.hidden_size, layer),
+            self.quantization,
         )
 
     def cost(self, sample: Sample, setup: Setup) -> StepCost:
         """Return the cost of a micro-batch of equal samples."""
         cast = setup.sharding.engine != "ddp"  # weights are cast before; else where they are used
-        key = (sample, setup.rows, setup.checkpointing, cast)
+        key = (sample, setup.rows, setup.checkpointing, setup.quantization, cast)
         if key not in self._known:
-            lower = self.settings.lower
-            model = self.skeleton.model
-            model.to(getattr(torch, lower if lower and cast else self.dtype))
-            self._freeze()
+            model = self.model(setup.quantization)
+            self._set_types(model, cast)
             if setup.checkpointing:
                 model.activation_checkpointing_enable()
             else:
                 model.activation_checkpointing_disable()
+            lower = self.settings.lower
             autocast = getattr(torch, lower) if lower and not cast else None
             packed = bool(self.stage.packed)  # rows filled to a length are refused before
             self._known[key] = rehearse(model, sample, setup.rows, packed, autocast)
         return self._known[key]
+
+    def _set_types(self, model: Any, cast: bool) -> None:
+        """Give a model the types in which it is trained, `cast` by an engine or not."""
+        lower = self.settings.lower
+        model.to(getattr(torch, lower if lower and cast else self.dtype))
+        if self._on_base(model) and not cast:
+            beside = tuple(trained_beside(self.stage))
+            for name, parameter in model.named_parameters():
+                if is_adapter(name) or name.startswith(beside):
+                    parameter.data = parameter.data.float()
+
+    def _on_base(self, model: Any) -> bool:
+        """Return whether what trains is kept in float32, apart from a base."""
+        return model is not self.skeleton.model
 
     def memory(self, setup: Setup, sample: Sample | None = None) -> Memory:
         """Return a GPU's memory at the longest row, or at `sample`."""
@@ -113,13 +154,18 @@ class StageCosts:
 
     def _states(self, setup: Setup) -> Memory:
         """Return what model and optimizer keep."""
-        per: Bytes = bytes_per_parameter(self.dtype, self.settings, setup.sharding.engine)
-        trained, total = sum(self.trained.values()), sum(self.skeleton.parameters.values())
+        engine = setup.sharding.engine
+        model = self.model(setup.quantization)
+        frozen_type = bytes_per_parameter(self.dtype, self.settings, engine).weight
+        trained, frozen, size = state_bytes(model, int(frozen_type))
+        dtype = "float32" if self._on_base(model) else self.dtype
+        per: Bytes = bytes_per_parameter(dtype, self.settings, engine)
         if setup.lora:
             added = lora_parameters(self.linears(), LORA_RANK)
+            frozen += self.trained["language_model"]
             trained += added - self.trained["language_model"]
-            total += added
-        return model_states(trained, total - trained, per, setup.sharding)
+            size = frozen_type
+        return model_states(trained, frozen, replace(per, frozen=size), setup.sharding)
 
     def linears(self) -> list[tuple[int, int]]:
         """Return (inputs, outputs) of the linear layers of the language model's layers."""

@@ -103,6 +103,21 @@ def test_the_report_says_it(llava):
         assert assumption in text
 
 
+def test_llava_with_lora(monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(LLAVA.replace(".yaml", "-lora.yaml"))
+    plan = make_plan(recipe, options(), "instruct")
+    (stage,) = plan.stages
+    # rank 128 beside 32 layers of 4 products of 4096 x 4096 and 3 of 4096 x 11008
+    assert stage.adapter == 32 * 128 * (4 * 2 * 4096 + 3 * (4096 + 11008)) == 319_815_680
+    assert stage.trained == {"connector": 20_979_712, "language_model": stage.adapter}
+    assert stage.table["no sharding"].weights == 2 * (7_050_304_512 + stage.adapter)
+    assert stage.table["no sharding"].optimizer == 12 * sum(stage.trained.values())
+    text = render(plan, options(), "A100-80")
+    assert "connector and an adapter of language_model train, 340.8 M of 7.37 B" in text
+
+
 @pytest.fixture
 def squeeze(tree):
     """(bytes, gpus, **training) -> the plan of stage instruct on GPUs of so little memory."""
@@ -150,6 +165,36 @@ def test_everything_is_offered_in_order(squeeze, gpus):
     totals = [stage.memory.total, *(advice.memory.total for advice in stage.advice)]
     assert totals == sorted(totals, reverse=True)
     assert "Then: more GPUs" in text
+
+
+@pytest.fixture
+def wide(tree, tmp_path, make_language_model, make_tokenizer):
+    """The shared recipe with an adapter and with rows that are whole blocks of nf4."""
+    make_language_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "wide")
+    make_tokenizer().save_pretrained(tmp_path / "wide")
+    tree["model"]["language_model"] = str(tmp_path / "wide")
+    tree["stages"][1]["trainable"] = {"connector": 1e-3, "language_model": 1e-3}
+    tree["stages"][1]["adapter"] = {"rank": 1, "alpha": 1}
+    return tree
+
+
+def test_an_adapter_is_advised_4_bits_and_these_are_planned(wide, squeeze):
+    pytest.importorskip("peft")
+    stage, _ = squeeze(1)
+    told = [advice.change for advice in stage.advice]
+    assert told[2:] == ["model.quantization: nf4"]  # no engine can cut these any more
+    wide["model"] |= {"quantization": "nf4", "dtype": "bfloat16"}
+    packed, text = squeeze(1e9, bf16=True, use_cpu=True)
+    plan = make_plan(parse_recipe(wide, "recipe"), options(), "instruct")
+    linears = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    tables = 2 * 7 * 4 * (16 + 256 + 1)
+    others = plan.parameters["vision_tower"] + plan.parameters["language_model"] - linears
+    # 4 bits, a byte for each 64 and a number for 256 of these; what trains is kept in float32
+    weights = linears * (1 / 2 + 1 / 64) + tables + 2 * others + 4 * sum(packed.trained.values())
+    assert packed.memory.weights == pytest.approx(weights, abs=2 * 7 * 4)
+    assert packed.memory.optimizer == 8 * sum(packed.trained.values())
+    assert not packed.table and not packed.advice
+    assert "an adapter of language_model train, " in text and "kept in nf4" in text
 
 
 def test_parts_that_are_here(tree):
