@@ -10,6 +10,7 @@ from typing import Any
 
 from connectors.config import check_value
 from connectors.registry import lookup
+from train.engine import be_the_only_rank, check_fsdp, deepspeed_config
 from train.recipe import Recipe, StageRecipe, with_place
 from vlm.errors import UserError
 
@@ -52,8 +53,8 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         folder: where checkpoints and logs of the stage go.
 
     Raises:
-        UserError: unknown field, wrong type, a combination that transformers refuses, or a
-            package that the arguments need is not installed.
+        UserError: unknown field, wrong type, a combination that transformers refuses, several GPUs
+            for one process, or a package that the arguments need is not installed.
     """
     import torch
     from transformers import TrainingArguments
@@ -68,30 +69,47 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         arguments["dataloader_persistent_workers"] = False
     if arguments.get("deepspeed"):
         _require_deepspeed(where)
+        arguments["deepspeed"] = deepspeed_config(arguments["deepspeed"], where)
+    if arguments.get("fsdp"):
+        check_fsdp(arguments.get("fsdp_config"), where)
+    if arguments.get("deepspeed") or arguments.get("fsdp"):
+        be_the_only_rank()
     told_to = arguments["report_to"]
     if "wandb" in ([told_to] if isinstance(told_to, str) else told_to or []):
         _require_wandb(where)
     try:
-        return TrainingArguments(
+        made = TrainingArguments(
             output_dir=str(folder / "checkpoints"), seed=recipe.seed, **arguments
         )
     except ImportError as error:
         raise UserError(f"{where}: {error}; {EXTRAS}") from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+    if made.n_gpu > 1:
+        raise UserError(
+            f"one process sees {made.n_gpu} GPUs; start one process for each with "
+            "train/launch/torchrun.sh, or let it see one alone with train/launch/one_gpu.sh"
+        )
+    return made
 
 
 def check_arguments(recipe: Recipe, stage: StageRecipe) -> None:
     """Tell mistakes in a stage's `training` before an earlier stage spends a day.
 
-    Under a launcher only names and types are checked: making TrainingArguments joins the ranks.
+    Under a launcher, and for an engine that needs one, only names, types and the engine's settings
+    are checked: making TrainingArguments joins the ranks.
 
     Raises:
         UserError: as `training_arguments`.
     """
     where = f"stages.{stage.name}.training"
     values = check_fields(stage.training, where)
-    if "RANK" not in os.environ and not values.get("deepspeed"):
+    if values.get("deepspeed"):
+        _require_deepspeed(where)
+        deepspeed_config(values["deepspeed"], where)
+    elif values.get("fsdp"):
+        check_fsdp(values.get("fsdp_config"), where)
+    elif "RANK" not in os.environ:
         arguments = training_arguments(recipe, stage, Path(recipe.output_dir) / stage.name)
         _check_optimizer(arguments, where)
 
@@ -115,7 +133,7 @@ def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     known = {field.name: field for field in fields(TrainingArguments) if field.init}
-    hints = typing.get_type_hints(TrainingArguments)
+    hints = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str | None}
     for name in values:
         if name in ELSEWHERE:
             raise UserError(f"{where}: {name} cannot be set here; {ELSEWHERE[name]}")

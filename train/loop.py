@@ -61,6 +61,7 @@ def make_trainer(
         args=arguments,
         groups=groups,
         on_skip=SkipNotes(folder, arguments.process_index),
+        on_engine=manifest.tell_engine,
         dataset=parts.dataset,
         length_window=stage.length_window,
         packing=stage.packing,

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerState
 
 from data_recipes.mixture import Source
 from data_recipes.readers import data_files
+from train.engine import Engine
 from train.process import is_main_process
 from train.recipe import Recipe, StageRecipe
 from vlm.done import write_flushed
@@ -60,6 +61,11 @@ class StageManifest(TrainerCallback):
             "data": hash_sources(stage.data.sources) if is_main_process() else {},
             **environment(device),
         }
+        self.write("running")
+
+    def tell_engine(self, engine: Engine) -> None:
+        """Note what runs the stage, before its first step."""
+        self.content["engine"] = asdict(engine)
         self.write("running")
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:

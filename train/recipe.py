@@ -331,6 +331,8 @@ def _check_rows(stage: StageRecipe, where: str) -> None:
 def _check_engine(stage: StageRecipe, where: str) -> None:
     """Refuse what needs whole weights where they are in pieces, and schedules without a peak."""
     sharded = [name for name in ("deepspeed", "fsdp") if stage.training.get(name)]
+    if len(sharded) > 1:
+        raise UserError(f"{where}.training: deepspeed and fsdp are two engines; leave one out")
     for field_name, given in (("changes", stage.changes), ("ema", stage.ema)):
         if given and sharded:
             raise UserError(

@@ -12,6 +12,7 @@ from train.adapted import describe_base, keeps_base, require_packages
 from train.arguments import check_arguments, training_arguments
 from train.checkpoints import newest
 from train.data import check_data
+from train.engine import forget_engine
 from train.features.cache import features_before, prepare_features
 from train.folders import check_space, claim, is_done, prepare_output
 from train.freeze import Group, describe, freeze, settings
@@ -70,6 +71,7 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
         say(f"stage {stage.name}: done before, kept in {folder}")
         return
     free_memory()
+    forget_engine()
     checkpoint = newest(folder / "checkpoints")
     seed_everything(recipe.seed)
     parts = stage_parts(recipe, stage, previous, checkpoint)

@@ -6,7 +6,7 @@ forward accepts it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +22,14 @@ from data_recipes.dataset import ConversationDataset, Skipped
 from train.averages import WeightAverage
 from train.callbacks import KeepAverage
 from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
+from train.engine import Engine, check_engine, shard_on_cpus
 from train.freeze import Group, optimizer_groups
 from train.measures import Window
 from train.mfu import Meter
 from train.order import Order, make_order
 from train.packing import Packing
 from train.phases import PhaseSwitch, follow_phases
+from train.sharded_state import save_fsdp_states, settled
 from train.spikes import SpikeGuard
 from vlm.errors import UserError
 
@@ -68,9 +70,16 @@ class SealingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write model and processor; not the pickle of the arguments that the Trainer adds."""
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, settled(state_dict))
         folder = Path(output_dir or cast(str, self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write their states; sharded ones as if they were whole."""
+        if self.is_fsdp_enabled:
+            save_fsdp_states(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
 
 class VlmTrainer(SealingTrainer):
@@ -80,6 +89,7 @@ class VlmTrainer(SealingTrainer):
         dataset: what to train on; it decides the order.
         groups: from `train.freeze.freeze`.
         on_skip: called with every record that was left out of a batch of this rank.
+        on_engine: called with what runs the stage.
         length_window: optimizer steps within which rows of like length come together; 0: none.
         packing: how rows are filled with several records; None: each has its own.
         starts: steps done when each of the groups' phases begins, the first 0.
@@ -99,6 +109,7 @@ class VlmTrainer(SealingTrainer):
         dataset: ConversationDataset,
         groups: list[Group],
         on_skip: Any,
+        on_engine: Callable[[Engine], None],
         length_window: int = 0,
         packing: Packing | None = None,
         starts: Sequence[int] = (0,),
@@ -111,6 +122,7 @@ class VlmTrainer(SealingTrainer):
         self.dataset = dataset
         self.groups = groups
         self.on_skip = on_skip
+        self.on_engine = on_engine
         self.starts = starts
         self.average: WeightAverage | None = None
         if ema_decay is not None and self.args.should_save:
@@ -124,6 +136,17 @@ class VlmTrainer(SealingTrainer):
         self.window = Window(peak=self.meter.peak)
         self.sampler = make_order(dataset, self.args, length_window, packing)
         self.beside_loss: dict[str, float] = {}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, which shards on CPUs, too."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpus(self)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Wrap the model and load the checkpoint's state, then see what runs it."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.on_engine(check_engine(self))
+        return prepared
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build the optimizer over the freeze plan's groups."""
@@ -257,9 +280,7 @@ class VlmTrainer(SealingTrainer):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights under FSDP; elsewhere the model was already built from the checkpoint.
+        """Do nothing: the model was already built from the checkpoint.
 
         The Trainer's own way loads with strict=False, so that renamed keys go unnoticed.
         """
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from connectors import ConnectorChain, acts_inside, build_connector
@@ -35,8 +34,9 @@ from vlm.lm_head import document_starts
 from vlm.mamba_scan import use_scan
 from vlm.packed_attention import packed_mask, use_packed_attention
 from vlm.row_ends import RowEnds, new_row_ends, put_row_ends, row_end_tokens
+from vlm.sharding import weights_are_sharded
 from vlm.shared_positions import explicit_mask, shared_positions
-from vlm.state_cache import state_traits
+from vlm.state_cache import goes_on, state_traits
 from vlm.tiling import build_tiling, plan_of
 from vlm.token_layout import check_places, images_per_row, lay_out, num_image_tokens
 from vlm.video_layout import VideoConfig, parse_video
@@ -257,7 +257,7 @@ class VlmModel(VlmPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, E)
         assert inputs_embeds is not None
         is_image = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool).to(inputs_embeds.device)
-        features, images = None, None
+        features, images, sharded = None, None, weights_are_sharded(self)
         if pixel_values is not None and vision_features is not None:
             raise ValueError("give either pixel_values or vision_features, not both")
         seen = pixel_values if vision_features is None else vision_features[0]
@@ -278,13 +278,13 @@ class VlmModel(VlmPreTrainedModel):
             views = [plan_of(self.tiling, tuple(g)).num_views for g in tile_grids.tolist()]
             places = partial(self._places, tokens, tile_grids, image_sizes)
             images = Images(counts, views, per_row, places, sides)
-        elif self.training and (_trains_vision(self) or is_deepspeed_zero3_enabled()):
+        elif (self.training and _trains_vision(self)) or (sharded and not goes_on(past_key_values)):
             inputs_embeds = inputs_embeds + self._blank_view_term(vision_features).to(inputs_embeds)
 
         chain, carried, context, shared = self.connector.itself(), None, None, None
         if isinstance(chain, ConnectorChain) and chain.acts_inside:
             self._hooks.attach(self.language_model, chain)
-            run_all = self.training or is_deepspeed_zero3_enabled()
+            run_all = self.training or sharded
             carried = fusion_cache.read(past_key_values)
             context = build_context(
                 chain, is_image, images, attention_mask, position_ids, carried, run_all

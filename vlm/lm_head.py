@@ -54,12 +54,14 @@ def supervised_loss(
     new_document: Tensor | None = None,
     weights: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
+    agree: Callable[[int], int] | None = None,
 ) -> Tensor:
     """Return the next-token cross-entropy over the supervised positions only.
 
     Rows whose next label is IGNORE never reach the head, and the others go through it in chunks;
     with more than one chunk each is computed again in the backward pass, so neither pass holds the
-    logits of more than `chunk_elements`.
+    logits of more than `chunk_elements`. The head runs at least once, on no rows if need be: other
+    processes may wait for its weights or for their gradients.
 
     Args:
         hidden: (B, L, E) last hidden states.
@@ -72,6 +74,8 @@ def supervised_loss(
             position t must not be asked to predict.
         weights: (B, L) what each label's loss is multiplied by; None: 1.
         chunk_elements: how many logits may exist at once.
+        agree: makes of this process's number of chunks that of all, where they have to run the head
+            equally often; None: they need not.
     """
     targets = labels[:, 1:]
     if new_document is not None:
@@ -87,14 +91,18 @@ def supervised_loss(
         return (losses * chunk_scales).sum()
 
     size = max(1, chunk_elements // vocab_size)
-    if len(rows) <= size:
-        total = chunk_sum(rows, targets, scales) if len(rows) else rows.sum().float()
+    count = max(1, -(-len(rows) // size))
+    if agree is not None:
+        count = agree(count)
+    if count == 1:
+        total = chunk_sum(rows, targets, scales)
     else:
-        chunks = (
-            rows.split(size),
-            targets.split(size),
-            repeat(None) if scales is None else scales.split(size),
-        )
+
+        def cut(x: Tensor) -> tuple[Tensor, ...]:
+            chunks = x.split(size)
+            return (*chunks, *repeat(x[:0], count - len(chunks)))
+
+        chunks = cut(rows), cut(targets), repeat(None) if scales is None else cut(scales)
         sums = [
             checkpoint(chunk_sum, *chunk, use_reentrant=False)
             for chunk in zip(*chunks, strict=False)

@@ -29,6 +29,7 @@ from vlm.instructions import IDS, MASK
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
 from vlm.on_base import Base, save_trained, stands_on_base
 from vlm.recurrent_lm import check_state_cache
+from vlm.sharding import most_of_all, weights_are_sharded
 from vlm.state_cache import new_cache
 from vlm.tiling import plan_of
 from vlm.token_layout import images_per_row
@@ -275,6 +276,9 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
                 num_items_in_batch,
                 document_starts(position_ids, attention_mask),
                 loss_weights,
+                agree=partial(most_of_all, device=hidden.device)
+                if weights_are_sharded(self)
+                else None,
             )
         else:
             logits = self.compute_logits(slice_logits_to_keep(hidden, logits_to_keep))

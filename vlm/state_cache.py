@@ -112,3 +112,8 @@ class StateCache(DynamicCache):
             self.own.rnn_state = tree_map_only(
                 Tensor, lambda x: x.index_select(0, beam_idx.to(x.device)), self.own.rnn_state
             )
+
+
+def goes_on(cache: Cache | None) -> bool:
+    """Return whether a call goes on after one before, whose images are in its cache."""
+    return cache is not None and cache.get_seq_length() > 0

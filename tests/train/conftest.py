@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from vlm.cli import main
@@ -153,3 +156,39 @@ def first_stage(two_stages: dict[str, Any]) -> dict[str, Any]:
     del two_stages["stages"][1], two_stages["model"]["language_model"]
     del two_stages["model"]["chat_template"]
     return two_stages
+
+
+def _rank(rank: int, ranks: int, port: int, jobs: Sequence[Sequence[str]]) -> None:
+    """Run `vlm` with each of the jobs' words, as one process of several."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ["MASTER_PORT"] = str(port)
+    for words in jobs:
+        assert main(["train", *words]) == 0, words
+
+
+@pytest.fixture
+def on_ranks() -> Callable[..., None]:
+    """(*jobs, ranks=2, timeout=60) -> run `vlm train` with each job's words in turn, on all ranks.
+
+    Ranks are forks of this process, which spares them the imports. A rank that hangs is killed.
+    """
+
+    def run(*jobs: Sequence[str], ranks: int = 2, timeout: float = 60) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = torch.multiprocessing.start_processes(
+            _rank, (ranks, port, jobs), ranks, join=False, start_method="fork"
+        )
+        assert started is not None
+        end = time.monotonic() + timeout
+        try:
+            while not started.join(max(0, end - time.monotonic())):
+                if time.monotonic() > end:
+                    raise TimeoutError(f"ranks still run after {timeout} s: {jobs}")
+        finally:
+            for process in started.processes:
+                process.kill()
+
+    return run

@@ -1,17 +1,15 @@
 """What of a stage's `training:` decides memory and time? Batches, types, optimizer, sharding."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from train.arguments import check_fields
+from train.engine import deepspeed_config
 from train.planning.memory import Bytes, Engine, Sharding
 from train.recipe import StageRecipe
 from train.steps import StepSizes
-from vlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -170,13 +168,7 @@ def read_deepspeed(config: Mapping[str, Any] | str, where: str) -> dict[str, Any
     Raises:
         UserError: the file cannot be read.
     """
-    if isinstance(config, str):
-        try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where}.deepspeed: {config} cannot be read ({error})") from error
-    assert isinstance(config, Mapping), "its type was checked"
-    zero = config.get("zero_optimization", {})
+    zero = deepspeed_config(config, where).get("zero_optimization", {})
 
     def offloads(name: str) -> bool:
         return zero.get(name, {}).get("device", "none") != "none"

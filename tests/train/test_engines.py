@@ -1,0 +1,81 @@
+"""Do DeepSpeed and FSDP2 learn what one process learns, and is it really they who run?"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from train.callbacks import read_log
+from train.engine import LEVELS
+from vlm.cli import main
+
+STAGES = ("align", "instruct")
+COMPILED = ("deepspeed_shm_comm", "cpu_adam")
+
+
+def need_deepspeed():
+    """Leave a test out where DeepSpeed, or what it compiles at its first use, is not there."""
+    pytest.importorskip("deepspeed")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "nowhere"))
+    if not all((folder / name / f"{name}.so").exists() for name in COMPILED):
+        pytest.skip(
+            "DeepSpeed would compile for minutes: see docs/engines.md for how to do it once"
+        )
+
+
+def losses(folder, stage):
+    return [line["loss"] for line in read_log(folder / stage / "training_log.jsonl")]
+
+
+def engine(folder, stage):
+    return json.loads((folder / stage / "manifest.json").read_text())["engine"]
+
+
+def words_for(recipe, folder, size, **training):
+    """Return what `vlm train` is told: the same in both stages."""
+    training = {"per_device_train_batch_size": size, **training}
+    pairs = [(f"--stages.{s}.training.{k}", str(v)) for s in STAGES for k, v in training.items()]
+    return [recipe, "--output_dir", str(folder), *(word for pair in pairs for word in pair)]
+
+
+@pytest.fixture
+def recipe(tree, write_recipe):
+    for stage in tree["stages"]:
+        stage["training"] |= {"use_cpu": True, "max_steps": 4, "save_steps": 3}
+    return str(write_recipe(tree))
+
+
+def check_same(folder, one, name):
+    """Check engine, losses and the written model of a run on two ranks against one process's."""
+    for stage in STAGES:
+        assert engine(folder, stage)["name"] == name
+        assert losses(folder, stage) == pytest.approx(losses(one, stage), abs=1e-4)
+    model, expected = (
+        AutoModelForImageTextToText.from_pretrained(f / STAGES[-1]) for f in (folder, one)
+    )
+    torch.testing.assert_close(
+        dict(model.state_dict()), dict(expected.state_dict()), rtol=0, atol=1e-4
+    )
+
+
+def test_two_ranks_learn_what_one_learns(recipe, tmp_path, on_ranks):
+    assert main(["train", *words_for(recipe, tmp_path / "one", 4)]) == 0
+    ways = {"DDP": {}, "FSDP2": {"fsdp": "true"}}
+    on_ranks(*(words_for(recipe, tmp_path / name, 2, **how) for name, how in ways.items()))
+    for name in ways:
+        check_same(tmp_path / name, tmp_path / "one", name)
+
+
+@pytest.mark.slow
+def test_deepspeed_on_two_ranks_learns_what_one_learns(recipe, tmp_path, on_ranks):
+    need_deepspeed()
+    assert main(["train", *words_for(recipe, tmp_path / "one", 4)]) == 0
+    jobs = [words_for(recipe, tmp_path / level, 2, deepspeed=level) for level in LEVELS]
+    on_ranks(*jobs, timeout=400)
+    for level in LEVELS:
+        name, _, host = level.replace("zero", "ZeRO-").partition("_")
+        check_same(tmp_path / level, tmp_path / "one", name)
+        assert bool(engine(tmp_path / level, "align")["offload"]) == bool(host)
