@@ -78,14 +78,10 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     ):
         if name in config:
             raise UserError(f"{where}: take {name!r} out of it; {rather}")
-    zero = config.get("zero_optimization", {})
-    whole = zero.get("stage3_gather_16bit_weights_on_model_save", False)
-    if zero.get("stage") == 3 and not whole:
-        raise UserError(
-            f"{where}: set stage3_gather_16bit_weights_on_model_save to true; without it no model "
-            "is written"
-        )
-    return config
+    name, zero = "stage3_gather_16bit_weights_on_model_save", config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get(name, True):
+        raise UserError(f"{where}: take {name} out of it; without it no model is written")
+    return {**config, "zero_optimization": {**zero, name: True}} if zero else config
 
 
 def check_fsdp(config: Mapping[str, Any] | str | None, where: str) -> None:

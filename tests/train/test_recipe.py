@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from train.arguments import check_fields, training_arguments
+from train.engine import deepspeed_config
 from train.recipe import load_recipe, parse_recipe
 from vlm.adapters import AdapterConfig
 from vlm.cli import main
@@ -140,7 +141,7 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
     for stage in recipe.stages:
         values = check_fields(stage.training, f"stages.{stage.name}.training")
         if values.get("deepspeed"):
-            assert Path(values["deepspeed"]).is_file()
+            assert deepspeed_config(values["deepspeed"], stage.name)["zero_optimization"]
     assert {"quickstart", "llava-1.5-7b"} <= {path.stem for path in SHIPPED}
 
 
