@@ -6,8 +6,8 @@ company that all pictures and words then pass; give both a password with `--auth
 """
 
 import argparse
-import os
 import signal
+import sys
 import threading
 from dataclasses import fields
 from pathlib import Path
@@ -49,20 +49,29 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from demo.limits import Limits
-    from demo.server import OFFLINE, Address, serving
+    from demo.server import Address, serving
     from vlm.loading import check_checkpoint, load_model
 
     limits = Limits(**{field.name: vars(args)[field.name] for field in fields(Limits)})
     address = Address(
         host=args.host, port=args.port, auth=_user_and_password(args.auth), share=args.share
     )
-    os.environ |= OFFLINE
     import gradio  # noqa: F401 - if it is missing, say so before a large model is loaded
 
     logging.disable_progress_bar()
     check_checkpoint(args.model)
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
-    name = Path(args.model).name if Path(args.model).is_dir() else args.model
+    # The page shows the folder's name, and not where on this machine it lies.
+    name = (
+        "/".join(Path(args.model).resolve().parts[-3:]) if Path(args.model).is_dir() else args.model
+    )
+    if args.share:
+        print(
+            "--share: all pictures and words of the page pass a server of Gradio's company, and "
+            + ("who has the password" if address.auth else "anybody who has the address")
+            + " can use it",
+            file=sys.stderr,
+        )
     with serving(name, model, processor, limits, address) as url:
         print(f"{args.model}: {url} (Ctrl-C ends it)", flush=True)
         _wait()

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from demo.sample_questions import SAMPLES
+from demo.sample_questions import FOLDER, SAMPLES
 from demo.talk import Served, Talk, begin, question_at, shown
 from demo.told import language, told
 from demo.uploads import keep_picture
@@ -44,7 +44,7 @@ class Handlers:
             UserError: it is empty or too long, or a file cannot be taken; nothing is kept.
         """
         words, limits = language(request), self.served.limits
-        talk = talk or begin(self.served)
+        talk = self.open_talk(talk, request)
         if talk.question is not None or talk.answering:
             raise UserError(say(words, "still_answering"))
         text = question["text"].strip()
@@ -53,6 +53,9 @@ class Handlers:
         if len(text) > limits.max_question:
             raise UserError(say(words, "question_too_long", limit=limits.max_question))
         files = [Path(path) for path in question["files"]]
+        ours = (self.served.folder, FOLDER)
+        if not all(any(path.resolve().is_relative_to(top) for top in ours) for path in files):
+            raise UserError(say(words, "foreign_file"))
         if talk.num_pictures() + len(files) > limits.max_pictures:
             raise UserError(say(words, "too_many_pictures", limit=limits.max_pictures))
         kept = [keep_picture(path, path.name, talk.folder, limits, words) for path in files]
@@ -65,6 +68,17 @@ class Handlers:
             talk.chat.add_image(picture, name=path)
         talk.question, talk.stopped = text, False
         return talk, shown(talk, say(words, "picture")), busy_box()
+
+    def open_talk(self, talk: Talk | None, request: gr.Request) -> Talk:
+        """Return the visitor's conversation, a new one if there is none.
+
+        Raises:
+            UserError: there are too many visitors.
+        """
+        talk = talk or begin(self.served, request.session_hash)
+        if talk is None:
+            raise UserError(say(language(request), "too_many_visitors"))
+        return talk
 
     def _sample(
         self, clicked: gr.SelectData, system: str, talk: Talk | None, request: gr.Request
@@ -122,22 +136,37 @@ class Handlers:
         return _messages(talk, request), idle_box(text, files)
 
     def _retry(
-        self, clicked: gr.RetryData, talk: Talk, request: gr.Request
+        self, clicked: gr.RetryData, talk: Talk | None, request: gr.Request
     ) -> tuple[Talk, Messages, dict[str, Any]]:
         """Take an answer back, so that `answer` gives another."""
         return self._again(talk, clicked.index, None, request)
 
     def _edit(
-        self, clicked: gr.EditData, talk: Talk, request: gr.Request
+        self, clicked: gr.EditData, talk: Talk | None, request: gr.Request
     ) -> tuple[Talk, Messages, dict[str, Any]]:
         """Ask another question in place of an earlier one; what followed it is dropped."""
         return self._again(talk, clicked.index, clicked.value, request)
 
     def _again(
-        self, talk: Talk, index: int | tuple[int, int], text: str | None, request: gr.Request
+        self,
+        talk: Talk | None,
+        index: int | tuple[int, int],
+        text: str | None,
+        request: gr.Request,
     ) -> tuple[Talk, Messages, dict[str, Any]]:
+        """Take a question back, and ask it, or another, again.
+
+        Raises:
+            UserError: the conversation is gone, or a reply is being given.
+        """
+        words = language(request)
+        if talk is None or not talk.chat.messages:
+            raise UserError(say(words, "gone"))
+        if talk.question is not None or talk.answering:
+            raise UserError(say(words, "still_answering"))
+        if text is not None and len(text) > self.served.limits.max_question:
+            raise UserError(say(words, "question_too_long", limit=self.served.limits.max_question))
         message = index if isinstance(index, int) else index[0]
-        talk.chat.stop()
         before = talk.chat.rewind(question_at(_messages(talk, request), message))
         talk.question, talk.stopped = text or before, False
         return talk, _messages(talk, request), busy_box()

@@ -12,7 +12,9 @@ class Limits:
     max_pictures: int = 16  # of one conversation
     max_video_seconds: int = 600
     max_waiting: int = 8  # questions in the queue, of all visitors
-    max_requests: int = 120  # a minute, of one address
+    max_requests: int = 120  # uploads and questions a minute, of one address
+    max_visitors: int = 200  # conversations that are held in memory
+    max_disk_mb: int = 2000  # of uploads, pictures and videos of all visitors
     max_question: int = 8000  # characters
 
     def __post_init__(self) -> None:
@@ -26,6 +28,11 @@ class Limits:
     def max_pixels(self) -> int:
         """The largest width * height."""
         return self.max_megapixels * 1_000_000
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """The largest request: several files at once, and what stands around them."""
+        return self.max_pictures * (self.max_file_bytes + 10_000)
 
     @property
     def max_file_bytes(self) -> int:

@@ -13,7 +13,7 @@ from gradio.components import Component
 from demo.handlers import Handlers, stop
 from demo.labels import Labels
 from demo.sample_questions import cards
-from demo.talk import Served, forget
+from demo.talk import Served
 from demo.told import language
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
@@ -39,8 +39,12 @@ class Page:
 def build_page(served: Served) -> gr.Blocks:
     """Return the page, which `demo.server` serves."""
     labels = Labels()
+
+    def leave(request: gr.Request) -> None:
+        served.talks.leave(request.session_hash)
+
     with gr.Blocks(title=f"{served.name} - vlm", analytics_enabled=False) as blocks:
-        talk = gr.State(None, time_to_live=3600, delete_callback=forget)
+        talk = gr.State(None, delete_callback=served.talks.forget)
         with gr.Row(elem_id="bar"):
             gr.HTML(f"<h1>{served.name}</h1>", elem_id="title", padding=False)
             new_chat = labels.new(
@@ -56,6 +60,7 @@ def build_page(served: Served) -> gr.Blocks:
         page = Page(served, labels, talk, chatbot, box, system, settings, beside)
         _wire(page, new_chat)
         blocks.load(labels.in_language, None, labels.components, **AT_ONCE)
+        blocks.unload(leave)
         blocks.load(_cards_in_language, None, chatbot, **AT_ONCE)
     return blocks
 

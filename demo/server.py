@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.limits import Limits
+from vlm.errors import UserError
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
 
@@ -43,14 +45,21 @@ def serving(
     Uploads and pictures lie in a folder of the server's own, which goes when it ends.
     """
     folder = Path(tempfile.mkdtemp(prefix="vlm-demo-")).resolve()
+    before = os.environ.copy()
     os.environ |= OFFLINE | {"GRADIO_TEMP_DIR": str(folder)}
-    from demo.page import CSS, SCRIPT, build_page
-    from demo.talk import Served
+    from starlette.middleware import Middleware
 
-    served = Served(name, model, processor, limits, folder)
+    from demo.gate import Gate
+    from demo.page import CSS, SCRIPT, build_page
+    from demo.talk import Served, Talks
+
+    served = Served(name, model, processor, limits, folder, Talks(limits.max_visitors))
+    local = address.host in ("127.0.0.1", "localhost", "::1") and not address.share
     blocks = build_page(served)
     blocks.queue(max_size=limits.max_waiting, default_concurrency_limit=8)
     try:
+        if address.port is not None:
+            _check_free(address.host, address.port)
         _, url, _ = blocks.launch(
             server_name=address.host,
             server_port=address.port,
@@ -67,14 +76,32 @@ def serving(
             pwa=False,
             mcp_server=False,
             enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(Gate, limits, folder, local)]},
             css=CSS,
             js=SCRIPT,
             theme=_theme(),
         )
         yield blocks.share_url or url
     finally:
+        served.talks.stop_all()
         blocks.close(verbose=False)
         shutil.rmtree(folder, ignore_errors=True)
+        os.environ.clear()
+        os.environ |= before
+
+
+def _check_free(host: str, port: int) -> None:
+    """Say early that a port is taken.
+
+    Raises:
+        UserError: nothing can listen there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--host {host} --port {port} cannot be used: {error}") from error
 
 
 def _theme() -> "Soft":

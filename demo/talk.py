@@ -2,6 +2,7 @@
 
 import secrets
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ class Served:
     processor: VlmProcessor
     limits: Limits
     folder: Path  # pictures and uploads; the only folder whose files are given out
+    talks: "Talks"
 
 
-@dataclass
+@dataclass(eq=False)
 class Talk:
     """One visitor's conversation. Pictures are called by their path in `folder`."""
 
@@ -44,18 +46,68 @@ class Talk:
         return len(self.chat.images) + len(self.chat.waiting)
 
 
-def begin(served: Served) -> Talk:
-    """Return an empty conversation with a folder of its own, whose name nobody can guess."""
-    folder = served.folder / secrets.token_urlsafe(16)
-    folder.mkdir()
-    return Talk(ChatSession(served.model, served.processor, Sampling()), folder)
+class Talks:
+    """All conversations, by the session that gradio gives every opened page."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._present: dict[str, Talk] = {}  # of pages that are open
+        self._left: list[Talk] = []  # of closed pages, which may come back for a while
+
+    def enter(self, session: str, talk: Talk) -> bool:
+        """Keep a new conversation, if need be in place of one that was left; False: no room."""
+        while len(self._present) + len(self._left) >= self._most and self._left:
+            _remove(self._left.pop(0))
+        if len(self._present) + len(self._left) >= self._most:
+            return False
+        self._present[session] = talk
+        return True
+
+    def leave(self, session: str | None) -> None:
+        """Stop the reply to a page that was closed; gradio calls `forget` an hour later."""
+        talk = self._present.pop(session or "", None)
+        if talk is not None:
+            talk.stop()
+            self._left.append(talk)
+
+    def stop_all(self) -> None:
+        """End every reply."""
+        for talk in [*self._present.values(), *self._left]:
+            talk.stop()
+
+    def forget(self, talk: Talk | None) -> None:
+        """Remove a conversation and its pictures."""
+        if talk is not None:
+            self._present = {key: kept for key, kept in self._present.items() if kept is not talk}
+            self._left = [kept for kept in self._left if kept is not talk]
+            _remove(talk)
 
 
-def forget(talk: Talk | None) -> None:
-    """Stop what runs and remove the pictures, when a visitor has left."""
-    if talk is not None:
-        talk.stop()
-        shutil.rmtree(talk.folder, ignore_errors=True)
+def begin(served: Served, session: str | None) -> Talk | None:
+    """Return an empty conversation with a folder of its own, whose name nobody can guess.
+
+    None: there are too many visitors already.
+    """
+    chat = ChatSession(served.model, served.processor, Sampling())
+    talk = Talk(chat, served.folder / f"talk-{secrets.token_urlsafe(16)}")
+    if not served.talks.enter(session or "", talk):
+        return None
+    talk.folder.mkdir()
+    sweep_uploads(served.folder)
+    return talk
+
+
+def sweep_uploads(folder: Path, seconds: float = 3600) -> None:
+    """Remove uploads that are older; what conversations use was drawn anew into their folders."""
+    for upload in folder.glob("*"):
+        if not upload.name.startswith("talk-") and upload.stat().st_mtime < time.time() - seconds:
+            shutil.rmtree(upload, ignore_errors=True)
+
+
+def _remove(talk: Talk) -> None:
+    talk.stop()
+    talk.chat.clear()
+    shutil.rmtree(talk.folder, ignore_errors=True)
 
 
 def shown(talk: Talk, picture_word: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from vlm.errors import UserError
 from vlm.images import load_image
 
 # PIL reads many more, some by starting other programs (EPS).
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LOSSLESS_PIXELS = 1_000_000  # a larger picture is kept as JPEG: its PNG would take seconds
 
 

@@ -32,6 +32,15 @@ ENGLISH: Mapping[str, str] = {
     "question_too_long": "The question has more than {limit} characters; shorten it.",
     "no_question": "Write a question first.",
     "still_answering": "Wait for the reply, or stop it.",
+    "foreign_page": "This request does not come from the demo's own page.",
+    "foreign_file": "Only uploaded files can be used.",
+    "no_such_page": "There is no such page.",
+    "too_often": "More than {limit} requests in a minute; wait a little.",
+    "upload_too_large": "These files together are larger than the {limit} MB that are taken.",
+    "disk_full": "There is no room for more files now; try again later.",
+    "queue_full": "Too many people are asking right now; try again in a minute.",
+    "too_many_visitors": "Too many people are here right now; try again later.",
+    "gone": "This conversation is no longer there; begin a new chat.",
     "our_fault": "Something went wrong on the server; its log says what. Try again.",
 }
 
@@ -63,6 +72,15 @@ CHINESE: Mapping[str, str] = {
     "question_too_long": "问题超过 {limit} 个字符；请缩短。",
     "no_question": "请先写下问题。",
     "still_answering": "请等待回复，或将其停止。",
+    "foreign_page": "该请求不是来自本演示页面。",
+    "foreign_file": "只能使用已上传的文件。",
+    "no_such_page": "没有这个页面。",
+    "too_often": "一分钟内的请求超过 {limit} 次；请稍等。",
+    "upload_too_large": "这些文件合计超过了 {limit} MB 的上限。",
+    "disk_full": "目前没有空间存放更多文件；请稍后再试。",
+    "queue_full": "现在提问的人太多；请过一分钟再试。",
+    "too_many_visitors": "现在访客太多；请稍后再试。",
+    "gone": "这个对话已不存在；请开始新对话。",
     "our_fault": "服务器出错，日志中有说明。请重试。",
 }
 

@@ -1,14 +1,16 @@
 """Which page do the tests look at, and with which browser? One of each for all of them."""
 
+import os
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
+import httpx
 import pytest
 import torch
 
@@ -54,12 +56,14 @@ class Demo:
 
     url: str
     voice: Voice
+    folder: Path
     connections: list[Any]  # (host, port) that the server's process connected to or looked up
     requests: list[str] = field(default_factory=list)  # URLs that the pages asked for
 
-    @property
-    def origin(self) -> str:
-        return f"http://{urlparse(self.url).netloc}"
+    def number_of(self, handler: str) -> int:
+        """Return the number under which the page calls a handler."""
+        events = httpx.get(f"{self.url}config").json()["dependencies"]
+        return next(event["id"] for event in events if event["api_name"] == handler)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +86,8 @@ def demo(make_model) -> Iterator[Demo]:
     model.compute_logits = voice.logits
     limits = Limits(max_file_mb=1, max_megapixels=1, max_pictures=4, max_waiting=2)
     with serving("tiny", model, processor, limits, Address()) as url:
-        yield Demo(url, voice, connections)
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        yield Demo(url, voice, folder, connections)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,169 @@
+"""Which requests are refused, by the gate alone and by the running server?"""
+
+import http.client
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from demo.gate import Rates, check_files, check_route
+
+HOST = "127.0.0.1:7860"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "changes", "status"),
+    [
+        ("GET", "/", {}, None),
+        ("HEAD", "/", {}, None),
+        ("GET", "/assets/index.js", {}, None),
+        ("GET", "/gradio_api/file=/tmp/x/a.png", {}, None),
+        ("POST", "/gradio_api/queue/join", {"origin": f"http://{HOST}"}, None),
+        ("POST", "/gradio_api/queue/join", {}, None),
+        ("POST", "/gradio_api/queue/join", {"origin": "http://evil.example"}, 403),
+        ("POST", "/gradio_api/upload", {"origin": "null"}, 403),
+        ("POST", "/login", {"sec-fetch-site": "cross-site"}, 403),
+        ("GET", "/", {"host": "evil.example:7860"}, 403),
+        ("GET", "/gradio_api/file=http://127.0.0.1:22/", {}, 404),
+        ("GET", "/gradio_api/file=/tmp/x/../../etc/passwd", {}, 404),
+        ("GET", "/static/../../etc/passwd", {}, 404),
+        ("GET", "/gradio_api/proxy=http://127.0.0.1:22/", {}, 404),
+        ("GET", "/gradio_api/info", {}, 404),
+        ("GET", "/monitoring", {}, 404),
+        ("POST", "/gradio_api/component_server", {}, 404),
+        ("POST", "/gradio_api/call/post", {}, 404),
+        ("POST", "/", {}, 404),
+        ("PUT", "/gradio_api/upload", {}, 404),
+    ],
+)
+def test_routes(method: str, path: str, changes: dict[str, str], status: int | None):
+    refusal = check_route(method, path, {"host": HOST} | changes, local=True)
+    assert (refusal.status if refusal else None) == status
+
+
+def test_a_page_open_to_the_network_goes_by_any_name():
+    assert check_route("GET", "/", {"host": "demo.example"}, local=False) is None
+
+
+@pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ({"path": "{folder}/a.png"}, True),
+        ({"path": "{folder}/a.png", "url": f"http://{HOST}/gradio_api/file=a.png"}, True),
+        ({"path": "/etc/passwd"}, False),
+        ({"path": "{folder}/../x.png"}, False),
+        ({"path": "{folder}/link"}, False),
+        ({"path": "http://127.0.0.1:22/a.png"}, False),
+        ({"path": ["a"]}, False),
+        ({"path": "{folder}/a.png", "url": "http://127.0.0.1:22/a.png"}, False),
+        ({"path": "{folder}/a.png", "url": "//elsewhere.example/a.png"}, False),
+        ({"url": "https://elsewhere.example/a.png"}, False),
+    ],
+)
+def test_files_that_calls_may_name(tmp_path: Path, named: dict, taken: bool):
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    text = json.dumps({"data": [{"text": "What?", "files": [named]}, None]})
+    body = json.loads(text.replace("{folder}", str(tmp_path)))
+    assert (check_files(body, tmp_path, HOST) is None) == taken
+
+
+def test_rates_forget_after_a_minute():
+    rates = Rates(2)
+    asked = [rates.too_often("a", now) for now in (0, 1, 2, 3, 61, 62)]
+    assert asked == [False, False, True, True, False, False]
+    assert not rates.too_often("b", 2)
+
+
+def join(demo, data: list, name: str = "_post", session: str = "crafted", **headers: str):
+    """Call an event of the page as its script does; return the answer's status and JSON."""
+    body = {"data": data, "fn_index": demo.number_of(name), "session_hash": session}
+    answer = httpx.post(f"{demo.url}gradio_api/run/predict", json=body, headers=headers)
+    return answer.status_code, answer.json()
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "http://127.0.0.1:9/a.png", "{folder}/../../etc/passwd"]
+)
+def test_a_crafted_call_gets_no_file_and_no_address(demo, path: str):
+    path = path.replace("{folder}", str(demo.folder))
+    before = len(demo.connections)
+    for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+        status, answer = join(
+            demo, [{"text": "What?", "files": [{"path": path, **meta}]}, "", None]
+        )
+        assert status == 400 and answer["detail"] == "Only uploaded files can be used."
+    called = [target for target in demo.connections[before:] if target[1] == 9]
+    assert not called, "the server asked the address"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradio_api/file=/etc/passwd",
+        "gradio_api/file=README.md",
+        "gradio_api/file=../../../../etc/passwd",
+        "gradio_api/file=%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+        "gradio_api/file=http://127.0.0.1:9/x.png",
+        "gradio_api/file=file:///etc/passwd",
+        "static/..%2f..%2f..%2f..%2fetc/passwd",
+        "assets/%2e%2e/%2e%2e/%2e%2e/version.txt",
+        "gradio_api/proxy=http://127.0.0.1:9/",
+        "gradio_api/info",
+        "monitoring/summary",
+        "gradio_api/openapi.json",
+    ],
+)
+def test_no_file_of_the_machine_is_given_out(demo, path: str):
+    answer = httpx.get(demo.url + path)
+    assert answer.status_code in (403, 404), answer.text[:200]
+    assert "root:" not in answer.text
+
+
+def test_a_foreign_page_cannot_post(demo):
+    status, answer = join(demo, [], origin="http://evil.example")
+    assert (status, answer["detail"]) == (
+        403,
+        "This request does not come from the demo's own page.",
+    )
+    status, answer = join(demo, [], origin="http://evil.example", **{"accept-language": "zh-CN"})
+    assert "不是" in answer["detail"]
+    answer = httpx.get(demo.url, headers={"host": "evil.example"})
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers", [{"content-length": str(10**9)}, {"transfer-encoding": "chunked"}]
+)
+def test_an_upload_tells_its_size_and_is_small(demo, headers: dict[str, str]):
+    connection = http.client.HTTPConnection(urlsplit(demo.url).netloc, timeout=10)
+    connection.putrequest("POST", "/gradio_api/upload")
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status == 413 and b"larger than" in answer.read()
+
+
+def test_the_queue_is_bounded_and_says_so(demo):
+    demo.voice.say("ab ", seconds=0.05)
+    number = demo.number_of("_answer")
+    for visitor in range(4):
+        status, _ = join(demo, [{"text": "Hi", "files": []}, "", None], session=f"visitor{visitor}")
+        assert status == 200
+
+    def wait(visitor: int) -> tuple[int, str]:
+        body = {
+            "data": [None, 0, 1, 20, 1],
+            "fn_index": number,
+            "session_hash": f"visitor{visitor}",
+        }
+        answer = httpx.post(f"{demo.url}gradio_api/queue/join", json=body)
+        return answer.status_code, answer.text
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(wait, range(4)))
+    assert sorted(status for status, _ in answers)[-1] == 429
+    assert any("Too many people are asking" in text for _, text in answers)

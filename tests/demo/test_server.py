@@ -1,0 +1,98 @@
+"""Does `vlm demo` take its options, ask for a password, and leave nothing behind?"""
+
+import os
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from demo import cli as demo_cli
+from demo.limits import Limits
+from demo.server import Address, serving
+from demo.talk import Served, Talks, begin, sweep_uploads
+from vlm.cli import main
+
+
+def test_a_password_is_asked_for_everywhere(make_model):
+    address = Address(auth=("ann", "secret"))
+    with serving("tiny", *make_model(), Limits(), address) as url:
+        assert '"auth_required":true' in httpx.get(url).text
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        (folder / "a.txt").write_text("private")
+        body = {"data": [], "fn_index": 0, "session_hash": "x"}
+        for answer in (
+            httpx.get(f"{url}config"),
+            httpx.get(f"{url}gradio_api/file={folder}/a.txt"),
+            httpx.post(f"{url}gradio_api/run/predict", json=body),
+            httpx.post(f"{url}gradio_api/queue/join", json=body),
+            httpx.post(f"{url}gradio_api/upload", files={"files": ("a.png", b"x")}),
+        ):
+            assert answer.status_code == 401, answer.url
+        wrong = {"username": "ann", "password": "guess"}
+        assert httpx.post(f"{url}login", data=wrong).status_code == 400
+        with httpx.Client() as visitor:
+            assert visitor.post(f"{url}login", data={**wrong, "password": "secret"}).is_success
+            assert visitor.get(f"{url}config").is_success
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--auth", "ann"], "a user and a password"),
+        (["--auth", ":x"], "a user and a password"),
+        (["--max-waiting", "0"], "--max-waiting must be at least 1"),
+        (["--port", "99999"], "--port 99999 cannot be used"),
+    ],
+)
+def test_wrong_options_are_told(model_folder: Path, capsys, words: list[str], sentence: str):
+    assert main(["demo", str(model_folder), *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told(model_folder: Path, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert main(["demo", str(model_folder), "--port", str(other.getsockname()[1])]) == 2
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_the_command_serves_until_it_is_stopped(model_folder: Path, monkeypatch, capsys):
+    asked = []
+
+    def wait() -> None:
+        asked.append(httpx.get(capsys.readouterr().out.split()[1]).text)
+
+    monkeypatch.setattr(demo_cli, "_wait", wait)
+    assert main(["demo", str(model_folder)]) == 0
+    assert f"/{model_folder.name}" in asked[0] and str(model_folder) not in asked[0]
+
+
+@pytest.fixture
+def served(make_model, tmp_path: Path) -> Served:
+    return Served("tiny", *make_model(), Limits(), tmp_path, Talks(2))
+
+
+def test_conversations_are_so_many_and_those_left_make_room(served: Served):
+    first, second = begin(served, "a"), begin(served, "b")
+    assert first and second and begin(served, "c") is None
+    served.talks.leave("a")
+    assert first.stopped and first.folder.exists(), "the page may come back"
+    third = begin(served, "c")
+    assert third and not first.folder.exists() and second.folder.exists()
+    served.talks.forget(second)
+    assert not second.folder.exists() and begin(served, "d")
+
+
+def test_old_uploads_go_and_pictures_of_conversations_stay(served: Served):
+    talk = begin(served, "a")
+    assert talk
+    old, new = served.folder / "old", served.folder / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    for folder in (old, talk.folder):
+        os.utime(folder, (0, 0))
+    sweep_uploads(served.folder)
+    assert [old.exists(), new.exists(), talk.folder.exists()] == [False, True, True]
