@@ -54,8 +54,9 @@ def to_caption(raw: Any, where: object) -> Caption:
     """
     record = to_messages(_as_conversation(raw, where), where)
     name = f"{where} (id {record.id!r})" if record.id else str(where)
-    if len(record.images) != 1:
-        raise UserError(f"{name}: a caption needs one picture, but this has {len(record.images)}")
+    if len(record.images) != 1 or record.videos:
+        found = f"{len(record.images)} and {len(record.videos)} video(s)"
+        raise UserError(f"{name}: a caption needs one picture, but this has {found}")
     answers = _answers(record)
     if len(answers) != 1:
         raise UserError(f"{name}: a caption is a record's one answer, but this has {len(answers)}")

@@ -27,6 +27,7 @@ class Faults:
 
     num_records: int = 0
     num_images: int = 0
+    num_videos: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
@@ -44,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-root", default="", help="folder of image paths, unless the mix says"
     )
-    parser.add_argument("--decode", action="store_true", help="also decode every image (slow)")
+    parser.add_argument(
+        "--decode", action="store_true", help="also decode every image and video (slow)"
+    )
     parser.add_argument(
         "--captions", action="store_true", help="each record must be one picture and its caption"
     )
@@ -80,9 +83,10 @@ def check_source(
 
     from data_recipes.captions import to_caption
     from data_recipes.dataset import image_root
-    from data_recipes.image_files import is_missing, load, locate
+    from data_recipes.image_files import VideoFile, is_missing, load_media, locate
     from data_recipes.readers import open_records
-    from data_recipes.records import to_messages
+    from data_recipes.records import Record, to_messages
+    from vlm.video_layout import VideoConfig
 
     read = to_caption if captions else partial(to_messages, image_position=source.image_position)
     index, root, faults = open_records(source.path), image_root(source), Faults()
@@ -90,17 +94,22 @@ def check_source(
     for row in tqdm(range(len(index)), desc=source.name, unit="record", leave=False):
         try:
             record = read(index[row], index.place(row))
+            videos = record.videos if isinstance(record, Record) else ()
             faults.num_images += len(record.images)
+            faults.num_videos += len(videos)
         except UserError as error:
             faults.add(str(error), examples)
             continue
-        for image in record.images:
-            file = locate(image, root)
+        files = [locate(image, root) for image in record.images]
+        # As a model that was not told otherwise looks at videos; frames are only looked at.
+        files += [VideoFile(str(root / video), VideoConfig(), 32) for video in videos]
+        for file in files:
             try:
                 if decode:
-                    load(file)
+                    load_media(file)
                 elif is_missing(file):
-                    raise UserError(f"{file}: no such image file")
+                    kind = "video" if isinstance(file, VideoFile) else "image"
+                    raise UserError(f"{file}: no such {kind} file")
             except UserError as error:
                 faults.add(f"{index.where(row)} (id {record.id!r}): {error}", examples)
                 break
@@ -112,7 +121,7 @@ def describe(name: str, faults: Faults) -> str:
     bad = faults.kinds.total()
     lines = [
         f"{name}: {faults.num_records} records, {faults.num_images} images, "
-        f"{bad} record(s) with faults"
+        f"{f'{faults.num_videos} videos, ' if faults.num_videos else ''}{bad} record(s) with faults"
     ]
     for kind, count in faults.kinds.most_common():
         lines += [f"  {count} x", *(f"    {sentence}" for sentence in faults.examples[kind])]

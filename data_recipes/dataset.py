@@ -14,13 +14,15 @@ import torch
 from torch.utils.data import Dataset
 
 from data_recipes.feature_store import FeatureStore, LostFeaturesError
-from data_recipes.image_files import ImageFile, load, locate, size_of
+from data_recipes.image_files import MediaFile, VideoFile, load_media, locate, shown_size
 from data_recipes.loss_weight import LossWeight, token_weight
 from data_recipes.mixture import Mixture, Source
-from data_recipes.pictures import Shown, stored_features
+from data_recipes.pictures import Shown, num_pictures, stored_features
 from data_recipes.readers import data_files, open_records
 from data_recipes.records import Record, to_messages
+from vlm.conversations import in_order
 from vlm.errors import UserError
+from vlm.video import SampledVideo
 
 IGNORED = -100  # the label of a token that is not supervised
 OnError = Literal["raise", "skip"]
@@ -103,7 +105,7 @@ class ConversationDataset(Dataset):
         return to_messages(index[row], index.place(row), source.image_position)
 
     def num_tokens(self, position: int) -> int:
-        """Return the length of the row at `position`, from the text and the images' headers.
+        """Return the length of the row at `position`; no picture and no frame is decoded.
 
         A record that cannot be used has 0; the fault is told when the record is asked for.
         """
@@ -113,15 +115,23 @@ class ConversationDataset(Dataset):
         """Return the length of record `row` of source `number`; see `num_tokens`."""
         try:
             record = self.record(number, row)
-            sizes = [size_of(file) for file in self.files(record, number)]
-            return self.processor.num_tokens(record.messages, sizes)
+            shown = [shown_size(file) for file in self.files(record, number)]
+            return self.processor.num_tokens(record.messages, shown)
         except UserError:
             return 0
 
-    def files(self, record: Record, number: int) -> list[ImageFile]:
-        """Return where the pictures of a record of source `number` are."""
+    def files(self, record: Record, number: int) -> list[MediaFile]:
+        """Return where pictures and videos of a record of source `number` are, as they stand."""
         root = image_root(self.mixture.sources[number])
-        return [locate(image, root) for image in record.images]
+        images: list[MediaFile] = [locate(image, root) for image in record.images]
+        if not record.videos:
+            return images
+        processor = self.processor.image_processor
+        videos = [
+            VideoFile(str(root / video), processor.video_config, processor.view_size)
+            for video in record.videos
+        ]
+        return in_order(record.messages, images, videos)
 
     def encode(self, number: int, row: int) -> dict[str, Any]:
         """Return record `row` of source `number` as model inputs with labels."""
@@ -141,29 +151,41 @@ class ConversationDataset(Dataset):
         record_id = record.id or f"{self.mixture.sources[number].name}[{row}]"
         return {**encoded, "record_id": record_id}
 
-    def _encode(self, messages: list[dict[str, Any]], files: list[ImageFile]) -> dict[str, Any]:
+    def _encode(self, messages: list[dict[str, Any]], files: list[MediaFile]) -> dict[str, Any]:
         """Return a conversation with its pictures, or their features, as model inputs."""
         options = {"supervise": True, "max_length": self.max_length}
         if self.features is None or not files:
-            images = [load(file) for file in files]
-            return self.processor.encode(messages, images, **options)
-        sizes, maps = stored_features(files, self.processor.image_processor, self.features)
-        encoded = self.processor.encode(messages, sizes=sizes, **options)
+            media = [load_media(file) for file in files]
+            images = [each for each in media if not isinstance(each, SampledVideo)]
+            videos = [each for each in media if isinstance(each, SampledVideo)]
+            return self.processor.encode(messages, images, videos=videos, **options)
+        shown, maps = stored_features(files, self.processor.image_processor, self.features)
+        encoded = self.processor.encode(messages, shown=shown, **options)
         return {**encoded, "vision_features": maps}
 
     def pictures(self, spans: Sequence[tuple[int, int]]) -> dict[Shown, int]:
-        """Return how often each picture is shown at positions of [start, stop) spans.
+        """Return how often each picture or video is shown at positions of [start, stop) spans.
 
         Records that cannot be used show none; the fault is told when they are asked for.
+
+        Raises:
+            UserError: a video whose frames are padded, which stored features do not tell.
         """
+        padded = self.processor.image_processor.pads_frames
         shown: dict[Shown, int] = {}
         for (number, row), times in self.mixture.times_seen(spans).items():
             try:
                 files = self.files(self.record(number, row), number)
             except UserError:
                 continue
+            siblings = num_pictures(files)
+            if padded and siblings < len(files):
+                raise UserError(
+                    f"{self.indexes[number].where(row)}: features of videos are not stored where "
+                    "the tiling pads frames; set feature_cache.mode to never, or tiling to resize"
+                )
             for file in files:
-                key = Shown(file, len(files))
+                key = Shown(file, 0 if isinstance(file, VideoFile) else siblings)
                 shown[key] = shown.get(key, 0) + times
         return shown
 

@@ -16,7 +16,6 @@ Shapes: T views, H W feature grid, D encoder width.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_recipes.image_files import ImageFile, Inside, read, size_of
+from data_recipes.image_files import MediaFile, read, shown_size, state
 from vlm.errors import UserError
 from vlm.tiling import Size
 
@@ -44,10 +43,23 @@ class LostFeaturesError(UserError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as its file holds it: the hash of the bytes, and (width, height) upright."""
+    """A picture as its file holds it: the hash of the bytes, and (width, height) upright.
+
+    A video's size is (0, frames).
+    """
 
     content: bytes
     size: Size
+
+    @property
+    def shown(self) -> Size | int:
+        """(width, height), or the number of frames."""
+        return self.size[1] if self.size[0] == 0 else self.size
+
+
+def as_size(shown: Size | int) -> Size:
+    """Return what a picture or a video has as its size."""
+    return (0, shown) if isinstance(shown, int) else shown
 
 
 @dataclass(frozen=True)
@@ -92,18 +104,14 @@ def content_of(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
 
 
-def state_of(file: ImageFile) -> bytes:
+def state_of(file: MediaFile) -> bytes:
     """Return a key that changes when a file is written, replaced or moved; its bytes are not read.
 
     Raises:
         OSError: there is no such file.
     """
-    path = file.path if isinstance(file, Inside) else file
-    status = os.stat(path)
-    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    if isinstance(file, Inside):
-        state += file.key
-    return content_of(f"{os.path.abspath(path)}\0{state}".encode())
+    path, *rest = state(file)
+    return content_of(f"{path}\0{tuple(rest)}".encode())
 
 
 def entry_key(picture: Picture, grid: Size) -> bytes:
@@ -145,7 +153,7 @@ class FeatureStore:
         lengths = [self.layout.entry_bytes(count) for count in views.tolist()]
         return records[records["offset"] + np.array(lengths, np.uint64)[numbers] <= size]
 
-    def known(self, file: ImageFile) -> Picture | None:
+    def known(self, file: MediaFile) -> Picture | None:
         """Return the picture of a file whose state is known, without reading the file.
 
         Raises:
@@ -157,14 +165,15 @@ class FeatureStore:
         row = self._files.rows[place]
         return Picture(row["picture"].tobytes(), (int(row["width"]), int(row["height"])))
 
-    def identify(self, file: ImageFile) -> Picture:
+    def identify(self, file: MediaFile) -> Picture:
         """Return the picture of a file; its bytes are read where its state is not known.
 
         Raises:
             OSError: there is no such file.
             UserError: it is no picture.
         """
-        return self.known(file) or Picture(content_of(read(file)), size_of(file))
+        known = self.known(file)
+        return known or Picture(content_of(read(file)), as_size(shown_size(file)))
 
     def has(self, picture: Picture, grid: Size) -> bool:
         """Return whether the features of a picture cut into (rows, cols) are here."""

@@ -1,17 +1,21 @@
 """Where is a picture's file: on the disk by itself, or inside the file that holds the records?
 
 An `ImageFile` is a path, or an `Inside`: bytes of a parquet file or a tar that are read when they
-are wanted. Only this file tells the two apart.
+are wanted. A `VideoFile` is a path and which frames are looked at. Only this file tells them apart.
 """
 
+import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
 from vlm.images import image_size, load_image
 from vlm.tiling import Size
+from vlm.video import SampledVideo, sample_video, video_facts
+from vlm.video_layout import VideoConfig
 
 
 class Container(Protocol):
@@ -48,7 +52,35 @@ class Inside:
         return self.container.name_picture(self.key)
 
 
+@dataclass(frozen=True)
+class VideoFile:
+    """A video as a model looks at it.
+
+    Attributes:
+        path: its file.
+        config: which frames of it; how their tokens are laid out plays no part here.
+        target_size: of the views that its frames become.
+    """
+
+    path: str
+    config: VideoConfig
+    target_size: int
+
+    def __str__(self) -> str:
+        return self.path
+
+    def frames(self) -> SampledVideo:
+        """Return them, decoded; raises UserError."""
+        return sample_video(self.path, **self.sampling, target_size=self.target_size)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Which frames, as `sample_video` takes it."""
+        return self.config.sampling()
+
+
 ImageFile = str | Path | Inside
+MediaFile = ImageFile | VideoFile
 
 
 def locate(image: str | Inside, root: Path) -> ImageFile:
@@ -56,8 +88,10 @@ def locate(image: str | Inside, root: Path) -> ImageFile:
     return image if isinstance(image, Inside) else str(root / image)
 
 
-def read(file: ImageFile) -> bytes:
-    """Return the bytes of a picture's file.
+def read(file: MediaFile) -> bytes:
+    """Return the bytes of a picture's file; of a video's, which may be large, a hash of both.
+
+    Both are the file and which frames of it are looked at.
 
     Raises:
         OSError: there is no such file.
@@ -65,7 +99,42 @@ def read(file: ImageFile) -> bytes:
     """
     if isinstance(file, Inside):
         return file.container.read_picture(file.key)
+    if isinstance(file, VideoFile):
+        with Path(file.path).open("rb") as opened:
+            digest = hashlib.file_digest(opened, "blake2b")
+        digest.update(repr(sorted(file.sampling.items())).encode())
+        return digest.digest()
     return Path(file).read_bytes()
+
+
+def state(file: MediaFile) -> tuple[Any, ...]:
+    """Return what changes when a file is written, replaced or moved; its bytes are not read.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    path = file.path if isinstance(file, (Inside, VideoFile)) else file
+    status = os.stat(path)
+    found = (os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if isinstance(file, VideoFile):
+        return (*found, status.st_ino, *sorted(file.sampling.items()))
+    return (*found, status.st_ino, *(file.key if isinstance(file, Inside) else ()))
+
+
+def load_media(file: MediaFile) -> Image.Image | SampledVideo:
+    """Return the picture, or the video's frames; raises UserError."""
+    return file.frames() if isinstance(file, VideoFile) else load(file)
+
+
+def shown_size(file: MediaFile) -> Size | int:
+    """Return (width, height) of a picture, how many frames of a video; nothing is decoded.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if isinstance(file, VideoFile):
+        return len(video_facts(file.path, **file.sampling).times)
+    return size_of(file)
 
 
 def load(file: ImageFile) -> Image.Image:
@@ -78,6 +147,8 @@ def size_of(file: ImageFile) -> Size:
     return image_size(read(file), str(file)) if isinstance(file, Inside) else image_size(file)
 
 
-def is_missing(file: ImageFile) -> bool:
+def is_missing(file: MediaFile) -> bool:
     """Return whether a file of its own is not there; one inside another is not looked for."""
+    if isinstance(file, VideoFile):
+        return not Path(file.path).is_file()
     return not isinstance(file, Inside) and not Path(file).is_file()

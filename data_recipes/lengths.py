@@ -5,8 +5,8 @@ data file (4 bytes a record), or in the user's cache folder where the data's can
 are filled in as records are asked for. They are counted anew when the data file changes, and apart
 for each tokenizer, chat template, tiling and image folder.
 
-Surprise: an image that is replaced by one of another size keeps its old count. A row may then hold
-more or fewer tokens than planned; what is computed from it stays right.
+Surprise: an image or a video that is replaced by one of another size keeps its old count. A row may
+then hold more or fewer tokens than planned; what is computed from it stays right.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from data_recipes.index import cache_places, fingerprint
 from data_recipes.mixture import Source
 from data_recipes.readers import data_files
 
-FORMAT = 1  # of what is counted; another number makes old counts unknown
+FORMAT = 2  # of what is counted; another number makes old counts unknown
 UNKNOWN = -1
 RECORDS_PER_CALL = 256  # that a worker counts at once
 CALLS_AHEAD = 16  # for each worker

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from data_recipes.image_files import Inside
 from data_recipes.index import Place
-from data_recipes.record_forms import KEYS, PICTURE_KEYS, TURN_KEYS
+from data_recipes.record_forms import KEYS, PICTURE_KEYS, TURN_KEYS, VIDEO_KEYS
 from vlm.errors import UserError
 
 KEPT_BYTES = 16 << 20  # twice as much in memory, with what Arrow's allocator holds back
@@ -111,7 +111,8 @@ class ParquetRecords:
             elif found is not None:
                 raw[name] = Inside(str(self.path), (row, 0), self)
         return {
-            name: _paths(value) if name in PICTURE_KEYS else value for name, value in raw.items()
+            name: _paths(value) if name in (*PICTURE_KEYS, *VIDEO_KEYS) else value
+            for name, value in raw.items()
         }
 
     def __reduce__(self) -> tuple:

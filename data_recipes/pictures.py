@@ -14,10 +14,11 @@ from data_recipes.feature_store import (
     FeatureStore,
     LostFeaturesError,
     Picture,
+    as_size,
     content_of,
     state_of,
 )
-from data_recipes.image_files import ImageFile, load, read
+from data_recipes.image_files import MediaFile, VideoFile, load_media, read, shown_size
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
 from vlm.images import image_size, load_image
@@ -26,9 +27,9 @@ from vlm.tiling import Size
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture in a conversation of `siblings` pictures, itself among them."""
+    """A picture in a conversation of `siblings` pictures, itself among them; or a video."""
 
-    file: ImageFile
+    file: MediaFile
     siblings: int
 
 
@@ -62,11 +63,17 @@ class PictureViews(Dataset):
         file, siblings = self.shown[number].file, self.shown[number].siblings
         try:
             state, data = state_of(file), read(file)
-            picture = Picture(content_of(data), image_size(data, str(file)))
-            grid = self.image_processor.plan(picture.size, siblings).grid
+            if isinstance(file, VideoFile):
+                picture = Picture(content_of(data), as_size(shown_size(file)))
+            else:
+                picture = Picture(content_of(data), image_size(data, str(file)))
+            grid = grid_of(picture, siblings, self.image_processor)
             if self.store.has(picture, grid):
                 return Views(picture, state, grid, None)
-            views = self.image_processor.views(load_image(data, name=str(file)), siblings)
+            if isinstance(file, VideoFile):
+                views = self.image_processor.frame_views(file.frames())
+            else:
+                views = self.image_processor.views(load_image(data, name=str(file)), siblings)
         except (OSError, UserError):
             return None
         return Views(picture, state, grid, self.image_processor.normalize(views))
@@ -86,33 +93,48 @@ def is_stored(
     except (OSError, UserError):
         return False
     return picture is not None and store.has(
-        picture, image_processor.plan(picture.size, shown.siblings).grid
+        picture, grid_of(picture, shown.siblings, image_processor)
     )
 
 
+def grid_of(picture: Picture, siblings: int, image_processor: VlmImageProcessor) -> Size:
+    """Return what a picture is cut into in a conversation of so many; (0, n) of a video."""
+    if isinstance(picture.shown, int):
+        return picture.size
+    return image_processor.plan(picture.size, siblings).grid
+
+
 def stored_features(
-    files: Sequence[ImageFile], image_processor: VlmImageProcessor, store: FeatureStore
-) -> tuple[list[Size], list[Tensor]]:
+    files: Sequence[MediaFile], image_processor: VlmImageProcessor, store: FeatureStore
+) -> tuple[list[Size | int], list[Tensor]]:
     """Return (width, height) of one conversation's pictures, and their maps (T, H, W, D) joined.
+
+    Of a video, the number of frames stands in place of the size.
 
     Raises:
         UserError: a picture cannot be read.
         LostFeaturesError: its features are not stored (any more), or it was changed meanwhile.
     """
     sizes, maps = [], []
+    siblings = num_pictures(files)
     for file in files:
         try:
             picture = store.identify(file)
         except OSError:
-            load(file)  # says what is wrong
+            load_media(file)  # says what is wrong
             raise
-        found = store.features(picture, image_processor.plan(picture.size, len(files)).grid)
+        found = store.features(picture, grid_of(picture, siblings, image_processor))
         if found is None:
-            load(file)
+            load_media(file)
             raise LostFeaturesError(
                 f"image {file} was changed after its features had been stored; "
                 "the same command stores them and goes on"
             )
-        sizes.append(picture.size)
+        sizes.append(picture.shown)
         maps.append(found)
     return sizes, [torch.cat(views) for views in zip(*maps, strict=True)]
+
+
+def num_pictures(files: Sequence[MediaFile]) -> int:
+    """Return how many of a conversation's files are pictures, not videos."""
+    return sum(not isinstance(file, VideoFile) for file in files)

@@ -2,14 +2,15 @@
 
     pictures  `image`: a path, a list of paths, or MiniCPM's {"<image_00>": path}; `images`
               (ms-swift, nanoVLM)
+    videos    `video`: a path or a list of paths; `videos` (ms-swift)
     turns     `conversations` (LLaVA, InternVL, MiniCPM), `messages` (ms-swift, OpenAI), or
               `texts`: [{"user": ..., "assistant": ...}] (nanoVLM, FineVision)
     a turn    {"from", "value"} or {"role", "content"}; a content is text, or a list of entries
               {"type": "text", "text": ...}, {"type": "image"}, {"type": "image", "image": path} and
-              {"type": "image_url", "image_url": {"url": path}}
+              {"type": "image_url", "image_url": {"url": path}}, and the same of videos
 
 A picture that an entry brings with it comes where the entry stands. What means something that is
-not done yet (videos, sounds, boxes) is refused, not ignored; other keys are ignored.
+not done yet (parts of videos, sounds, boxes) is refused, not ignored; other keys are ignored.
 """
 
 import json
@@ -19,30 +20,29 @@ from typing import Any
 
 from vlm.errors import UserError
 
-IMAGE_PLACEHOLDER = "<image>"
+IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 PICTURE_KEYS = ("image", "images")
+VIDEO_KEYS = ("video", "videos")
 TURN_KEYS = ("conversations", "messages", "texts", "caption")
-IMAGE_PLACEHOLDER = "<image>"
 REFUSED = {
-    "video": "videos cannot be trained on yet",
-    "videos": "videos cannot be trained on yet",
+    "clip": "a part of a video ('clip') cannot be taken; cut the file",
     "audios": "sounds cannot be trained on",
     "objects": "boxes in 'objects' are not written into the text; write them there",
 }
-KEYS = ("id", *PICTURE_KEYS, *TURN_KEYS, *REFUSED)
+KEYS = ("id", *PICTURE_KEYS, *VIDEO_KEYS, *TURN_KEYS, *REFUSED)
 TAG = re.compile(r"<image_\d+>")
 
 
-def pictures_and_turns(raw: Mapping, name: object) -> tuple[list[Any], Any]:
-    """Return a record's pictures and turns, each as LLaVA writes them.
+def media_and_turns(raw: Mapping, name: object) -> tuple[list[Any], list[Any], Any]:
+    """Return a record's pictures, videos and turns, each as LLaVA writes them.
 
     Args:
         raw: the record.
         name: what errors call it.
 
     Returns:
-        Paths, or whatever stands for pictures; and the turns, of which only what had to be read
-        was checked.
+        Paths, or whatever stands for pictures; paths of videos; and the turns, of which only what
+        had to be read was checked.
 
     Raises:
         UserError: two keys for one thing, or something that cannot be trained on.
@@ -50,21 +50,24 @@ def pictures_and_turns(raw: Mapping, name: object) -> tuple[list[Any], Any]:
     for key, why in REFUSED.items():
         if raw.get(key):
             raise UserError(f"{name}: {why}; remove this record")
-    images = _only(raw, PICTURE_KEYS, name)
+    images, videos = _only(raw, PICTURE_KEYS, name), _only(raw, VIDEO_KEYS, name)
     turns = _only(raw, TURN_KEYS[:3], name)
     if isinstance(turns, list):
         if raw.get("texts"):
             turns = [turn for pair in turns for turn in _pair(pair, name)]
         if isinstance(images, Mapping):
             images, turns = _tagged(images, turns, name)
-        brought: list[Any] = []
+        brought: dict[str, list[Any]] = {"image": [], "video": []}
         turns = [_joined(turn, brought, name) for turn in turns]
-        if brought and images:
-            raise UserError(f"{name}: its pictures stand in its turns and beside them; choose one")
-        images = brought or images
-    if images is None:
-        return [], turns
-    return (images if isinstance(images, list) else [images]), turns
+        if (brought["image"] and images) or (brought["video"] and videos):
+            kind = "pictures" if brought["image"] and images else "videos"
+            raise UserError(f"{name}: its {kind} stand in its turns and beside them; choose one")
+        images, videos = brought["image"] or images, brought["video"] or videos
+    return _listed(images), _listed(videos), turns
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def show(value: Any) -> str:
@@ -105,8 +108,8 @@ def _tagged(images: Mapping, turns: list[Any], name: object) -> tuple[list[Any],
     return [images[tag] for tag in used], replaced
 
 
-def _joined(turn: Any, brought: list[Any], name: object) -> Any:
-    """Return a turn whose content is a list of entries with one text; add its pictures to a list.
+def _joined(turn: Any, brought: dict[str, list[Any]], name: object) -> Any:
+    """Return a turn whose content is a list of entries with one text; add what they bring to lists.
 
     A turn of any other form is returned as it is.
     """
@@ -117,12 +120,20 @@ def _joined(turn: Any, brought: list[Any], name: object) -> Any:
         match entry:
             case {"type": "text", "text": str(piece)}:
                 text += piece
-            case {"type": "image", "image": picture}:
-                text, _ = text + IMAGE_PLACEHOLDER, brought.append(picture)
-            case {"type": "image_url", "image_url": {"url": picture}}:
-                text, _ = text + IMAGE_PLACEHOLDER, brought.append(picture)
+            case {"type": "image", "image": file} | {
+                "type": "image_url",
+                "image_url": {"url": file},
+            }:
+                text, _ = text + IMAGE_PLACEHOLDER, brought["image"].append(file)
+            case {"type": "video", "video": file} | {
+                "type": "video_url",
+                "video_url": {"url": file},
+            }:
+                text, _ = text + VIDEO_PLACEHOLDER, brought["video"].append(file)
             case {"type": "image"}:
                 text += IMAGE_PLACEHOLDER
+            case {"type": "video"}:
+                text += VIDEO_PLACEHOLDER
             case _:
                 raise UserError(f"{name}: a turn has the entry {show(entry)}, which is not read")
     return {**turn, "content": text}

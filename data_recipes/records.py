@@ -1,30 +1,39 @@
 """What is a valid training record? LLaVA conversations in, chat messages or one clear error out.
 
-    {"id": "7", "image": "a.png" | ["a.png", "b.png"] | absent, "conversations": [
-        {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+    {"id": "7", "image": "a.png" | ["a.png", "b.png"] | absent, "video": the same,
+        "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}
 
 Turns may use `role`/`content` and `user`/`assistant` instead, and the first may be a system turn;
 what other suites write is read as this first (see record_forms.py).
 Rules, all strict, because each was a silent loss somewhere (LLaVA, LLaVA-NeXT, InternVL, Cambrian):
 
-- as many `<image>` placeholders as images, all of them in user turns, also when there is one image;
+- as many `<image>` placeholders as images, all of them in user turns, also when there is one image,
+  and as many `<video>` placeholders as videos; LLaVA's `<image>` for a video is read where a record
+  has no images and writes no `<video>`; without a video `<video>` is text, such as HTML;
 - user and assistant turns alternate, a user's first, and an assistant's turn is the last;
-- no turn is empty; `video` is refused, not ignored.
+- no turn is empty.
 
 A placeholder stays where the author wrote it. LLaVA moves it to the front of its turn
 (`preprocess_multimodal` in LLaVA's train.py; LLaVA-NeXT only if the turn has exactly one); a source
 that says `image_position: first` gets the LLaVA-NeXT form of that rule, and nobody else does. With
 `front_if_missing`, the pictures of a record that has no placeholder stand before its first
 question, a line each, as InternVL's and MiniCPM's (one picture) and nanoVLM's (several) do. With
-`image_position: none` the pictures are left out and the text stays: the data of a blind baseline.
+`image_position: none` pictures and videos are left out and the text stays: the data of a blind
+baseline.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_recipes.image_files import Inside
-from data_recipes.record_forms import IMAGE_PLACEHOLDER, pictures_and_turns, show
+from data_recipes.record_forms import (
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    media_and_turns,
+    show,
+)
 from vlm.errors import UserError
 
 ROLES: dict[str, str] = {
@@ -44,12 +53,14 @@ class Record:
     Attributes:
         id: the record's own id; empty if it has none.
         images: paths as written, or pictures inside the file, in the order of their placeholders.
-        messages: chat messages; `content` is a list of image and text entries.
+        messages: chat messages; `content` is a list of image, video and text entries.
+        videos: paths as written, in the order of their placeholders.
     """
 
     id: str
     images: tuple[str | Inside, ...]
     messages: list[dict[str, Any]]
+    videos: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,27 +93,34 @@ def to_messages(raw: Any, where: object, image_position: ImagePosition = "as_wri
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: a record must be a JSON object, this is {show(raw)}")
     name = _Name(where, raw.get("id"))
-    pictures, conversation = pictures_and_turns(raw, name)
-    images = _images(pictures, name)
+    pictures, files, conversation = media_and_turns(raw, name)
+    images, videos = _images(pictures, name), _videos(files, name)
     turns = _turns(conversation, raw, name)
+    if videos and not images and not any(VIDEO_PLACEHOLDER in text for _, text in turns):
+        turns = [(role, text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)) for role, text in turns]
+    kinds = {IMAGE_PLACEHOLDER: len(images)} | ({VIDEO_PLACEHOLDER: len(videos)} if videos else {})
     if image_position == "front_if_missing":
-        turns = _with_placeholders(turns, len(images))
-    _check_placeholders(turns, len(images), name)
-    placed = [(role, _place(text, image_position)) for role, text in turns]
+        turns = _with_placeholders(turns, kinds)
+    for placeholder, count in kinds.items():
+        _check_placeholders(turns, placeholder, count, name)
+    placed = [(role, _place(text, image_position, kinds)) for role, text in turns]
     if not all(text for _, text in placed):
         raise UserError(f"{name}: a turn holds nothing but a picture, which this source leaves out")
-    messages = [{"role": role, "content": split_placeholders(text)} for role, text in placed]
-    kept = () if image_position == "none" else images
-    return Record(id=name.record_id(), images=kept, messages=messages)
+    messages = [{"role": role, "content": split_placeholders(text, kinds)} for role, text in placed]
+    if image_position == "none":
+        images, videos = (), ()
+    return Record(id=name.record_id(), images=images, messages=messages, videos=videos)
 
 
-def split_placeholders(text: str) -> list[dict[str, str]]:
+def split_placeholders(
+    text: str, placeholders: Iterable[str] = (IMAGE_PLACEHOLDER,)
+) -> list[dict[str, str]]:
     """Return the content entries of one turn; text around a placeholder is kept to the letter."""
     entries: list[dict[str, str]] = []
-    for position, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        if position > 0:
-            entries.append({"type": "image"})
-        if piece:
+    for piece in re.split(f"({'|'.join(placeholders)})", text):
+        if piece in placeholders:
+            entries.append({"type": piece[1:-1]})
+        elif piece:
             entries.append({"type": "text", "text": piece})
     return entries
 
@@ -114,6 +132,16 @@ def _images(pictures: list[Any], name: _Name) -> tuple[str | Inside, ...]:
                 f"{name}: 'image' must be a path or a list of paths, not {show(picture)}"
             )
     return tuple(pictures)
+
+
+def _videos(files: list[Any], name: _Name) -> tuple[str, ...]:
+    for file in files:
+        if not isinstance(file, str) or not file:
+            raise UserError(
+                f"{name}: 'video' must be a path or a list of paths, not {show(file)}; videos "
+                "inside other files are not read"
+            )
+    return tuple(files)
 
 
 def _turns(conversation: Any, raw: Mapping, name: _Name) -> list[tuple[str, str]]:
@@ -155,38 +183,43 @@ def _turn(turn: Any, number: int, name: _Name) -> tuple[str, str]:
     return ROLES[role], text
 
 
-def _check_placeholders(turns: list[tuple[str, str]], num_images: int, name: _Name) -> None:
+def _check_placeholders(
+    turns: list[tuple[str, str]], placeholder: str, expected: int, name: _Name
+) -> None:
+    kind = placeholder[1:-1]
     for number, (role, text) in enumerate(turns, start=1):
-        if role != "user" and IMAGE_PLACEHOLDER in text:
+        if role != "user" and placeholder in text:
             raise UserError(
-                f"{name}: turn {number} is the {role}'s and holds {IMAGE_PLACEHOLDER}; "
-                "only the user's turns can show an image"
+                f"{name}: turn {number} is the {role}'s and holds {placeholder}; "
+                f"only the user's turns can show {'an' if kind == 'image' else 'a'} {kind}"
             )
-    placeholders = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
-    if placeholders != num_images:
+    found = sum(text.count(placeholder) for _, text in turns)
+    if found != expected:
         raise UserError(
-            f"{name}: {num_images} image(s) but {placeholders} {IMAGE_PLACEHOLDER} placeholder(s); "
-            f"write one {IMAGE_PLACEHOLDER} into a user's turn for each image"
+            f"{name}: {expected} {kind}(s) but {found} {placeholder} placeholder(s); "
+            f"write one {placeholder} into a user's turn for each {kind}"
         )
 
 
-def _with_placeholders(turns: list[tuple[str, str]], num_images: int) -> list[tuple[str, str]]:
+def _with_placeholders(
+    turns: list[tuple[str, str]], kinds: Mapping[str, int]
+) -> list[tuple[str, str]]:
     """Return the turns, with placeholders before the first question if there are none at all."""
-    if any(IMAGE_PLACEHOLDER in text for _, text in turns):
+    if any(placeholder in text for _, text in turns for placeholder in kinds):
         return turns
     first = [role for role, _ in turns].index("user")
     role, text = turns[first]
-    return [
-        *turns[:first],
-        (role, f"{IMAGE_PLACEHOLDER}\n" * num_images + text),
-        *turns[first + 1 :],
-    ]
+    lines = "".join(f"{placeholder}\n" * count for placeholder, count in kinds.items())
+    return [*turns[:first], (role, lines + text), *turns[first + 1 :]]
 
 
-def _place(text: str, image_position: ImagePosition) -> str:
+def _place(text: str, image_position: ImagePosition, placeholders: Iterable[str]) -> str:
     """Apply the source's `image_position` to one turn (LLaVA's rule where it is "first")."""
-    if image_position == "none" and IMAGE_PLACEHOLDER in text:
-        return text.replace(IMAGE_PLACEHOLDER, "").strip()
-    if image_position != "first" or text.count(IMAGE_PLACEHOLDER) != 1:
+    held = [each for each in placeholders for _ in range(text.count(each))]
+    if image_position == "none" and held:
+        for placeholder in held:
+            text = text.replace(placeholder, "")
+        return text.strip()
+    if image_position != "first" or len(held) != 1:
         return text
-    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+    return f"{held[0]}\n{text.replace(held[0], '').strip()}".strip()

@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_recipes.dataset import ConversationDataset
-from data_recipes.image_files import size_of
+from data_recipes.image_files import shown_size
 from vlm.errors import UserError
 
 HEAD = (
-    *("source", "records", "epoch", "share", "read", "faults", "images", "tokens"),
+    *("source", "records", "epoch", "share", "read", "faults", "images", "videos", "tokens"),
     *("95 %", "longest", "supervised", "share of these", "too long"),
 )
 
@@ -32,6 +32,7 @@ class SourceStats:
         tokens: (n,) length of each record.
         supervised: (n,) how many of its tokens are learnt.
         images: (n,) its pictures.
+        videos: of all of them together.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SourceStats:
     tokens: np.ndarray
     supervised: np.ndarray
     images: np.ndarray
+    videos: int = 0
 
     @property
     def read(self) -> int:
@@ -62,7 +64,7 @@ def chosen(size: int, limit: int, seed: int) -> np.ndarray:
 def collect(dataset: ConversationDataset, limit: int) -> list[SourceStats]:
     """Return what records of the first epoch hold, by source; at most `limit` are read."""
     mixture = dataset.mixture
-    found: list[list[tuple[int, int, int]]] = [[] for _ in mixture.sources]
+    found: list[list[tuple[int, int, int, int]]] = [[] for _ in mixture.sources]
     faults = [0] * len(mixture.sources)
     positions = chosen(len(dataset), limit, mixture.seed)
     for position in tqdm(positions.tolist(), unit="record", leave=False):
@@ -71,7 +73,7 @@ def collect(dataset: ConversationDataset, limit: int) -> list[SourceStats]:
             found[number].append(measure(dataset, number, row))
         except UserError:
             faults[number] += 1
-    tables = [np.array(rows, dtype=np.int64).reshape(-1, 3) for rows in found]
+    tables = [np.array(rows, dtype=np.int64).reshape(-1, 4) for rows in found]
     return [
         SourceStats(
             name=source.name,
@@ -81,21 +83,22 @@ def collect(dataset: ConversationDataset, limit: int) -> list[SourceStats]:
             tokens=tables[number][:, 0],
             supervised=tables[number][:, 1],
             images=tables[number][:, 2],
+            videos=int(tables[number][:, 3].sum()),
         )
         for number, source in enumerate(mixture.sources)
     ]
 
 
-def measure(dataset: ConversationDataset, number: int, row: int) -> tuple[int, int, int]:
-    """Return tokens, supervised tokens and pictures of a record, without decoding these.
+def measure(dataset: ConversationDataset, number: int, row: int) -> tuple[int, int, int, int]:
+    """Return tokens, supervised tokens, pictures and videos of a record, without decoding these.
 
     Raises:
         UserError: the record cannot be used.
     """
     record = dataset.record(number, row)
-    sizes = [size_of(file) for file in dataset.files(record, number)]
-    tokens, supervised = dataset.processor.count_tokens(record.messages, sizes)
-    return tokens, supervised, len(sizes)
+    shown = [shown_size(file) for file in dataset.files(record, number)]
+    tokens, supervised = dataset.processor.count_tokens(record.messages, shown)
+    return tokens, supervised, len(record.images), len(record.videos)
 
 
 def table(stats: Sequence[SourceStats], max_length: int | None = None) -> str:
@@ -112,7 +115,8 @@ def table(stats: Sequence[SourceStats], max_length: int | None = None) -> str:
         line = [each.name, f"{each.records:,}", f"{each.per_epoch:,}"]
         line += [f"{each.per_epoch / size:.1%}", f"{each.read:,}", f"{each.faults:,}"]
         if len(each.tokens):
-            line += [f"{each.images.mean():.2f}", f"{each.tokens.mean():.0f}"]
+            line += [f"{each.images.mean():.2f}", f"{each.videos / len(each.tokens):.2f}"]
+            line += [f"{each.tokens.mean():.0f}"]
             line += [f"{np.percentile(each.tokens, 95):.0f}", f"{each.tokens.max()}"]
             line += [f"{each.supervised.mean():.0f}"]
             line += [f"{each.per_record(each.supervised) / max(1, learnt):.1%}"]

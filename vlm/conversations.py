@@ -31,7 +31,7 @@ class Rendered:
 
 
 def check_messages(
-    messages: Sequence[Message], num_images: int, image_token: str, num_videos: int = 0
+    messages: Sequence[Message], image_token: str, num_images: int, num_videos: int
 ) -> list[dict]:
     """Return the messages with every content as a list of entries.
 

@@ -145,6 +145,11 @@ class VlmImageProcessor(BaseImageProcessor):
                 sizes.append(medium.frames[0].size)
         return {"pixel_values": self.normalize(views), **grids_and_sizes(plans, sizes)}
 
+    @property
+    def pads_frames(self) -> bool:
+        """Whether a video's frames are put on a square, not stretched."""
+        return self._cutter.pads_frames
+
     def grids(self, shown: Sequence[Size | int]) -> list[Size]:
         """Return the rows of `tile_grids` of one conversation.
 

@@ -20,6 +20,7 @@ from vlm.conversations import (
     called,
     check_messages,
     in_order,
+    kinds_shown,
     render,
     tokens_in_spans,
     videos_as_images,
@@ -32,6 +33,7 @@ from vlm.video import SampledVideo
 
 IGNORE = -100  # the label of positions that are not learnt, as torch's cross-entropy has it
 IMAGE_TOKEN = "<image>"
+Shown = Size | int  # (width, height) of an image, the number of frames of a video
 
 
 class VlmProcessor(ProcessorMixin):
@@ -133,7 +135,7 @@ class VlmProcessor(ProcessorMixin):
         images: Sequence[Image.Image] = (),
         *,
         videos: Sequence[SampledVideo] = (),
-        sizes: Sequence[Size] | None = None,
+        shown: Sequence[Shown] | None = None,
         supervise: bool = False,
         add_generation_prompt: bool = False,
         max_length: int | None = None,
@@ -144,8 +146,8 @@ class VlmProcessor(ProcessorMixin):
             messages: see `vlm.conversations`.
             images: decoded images, in the order of the messages' image entries.
             videos: decoded videos, in the order of the messages' video entries.
-            sizes: (width, height) of each, instead of images whose features are known already; no
-                pixel_values come out.
+            shown: instead of images and videos whose features are known already; no pixel_values
+                come out.
             supervise: add labels: assistant content and end-of-turn, IGNORE elsewhere.
             add_generation_prompt: end with the opening of an assistant turn.
             max_length: most tokens allowed; nothing is ever truncated.
@@ -159,75 +161,77 @@ class VlmProcessor(ProcessorMixin):
         Raises:
             UserError: the conversation cannot be encoded; the message says why, with numbers.
         """
-        if sizes is None:
-            sizes = [image.size for image in images]
-        checked, grids = self._check(messages, sizes, [len(video.frames) for video in videos])
-        ids, labels = self._layout(checked, grids, supervise, add_generation_prompt, max_length)
+        media: list[Any] = []
+        if shown is None:
+            checked = check_messages(messages, self.image_token, len(images), len(videos))
+            media = in_order(checked, images, videos)
+            shown = [len(m.frames) if isinstance(m, SampledVideo) else m.size for m in media]
+        checked, sizes, grids = self._check(messages, shown)
+        counts = self._counts(sizes, grids)
+        ids, labels = self._layout(checked, counts, supervise, add_generation_prompt, max_length)
         encoded = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.ones(len(ids), dtype=torch.long),
         }
         if labels is not None:
             encoded["labels"] = torch.from_numpy(labels)
-        media = in_order(checked, images or sizes, videos)
-        if len(images) or len(videos):
-            assert len(images) == len(sizes), "sizes stand for images where there are no videos"
-            encoded.update(self.image_processor.encode_media(media, [grid for _, grid in grids]))
-        elif len(sizes):
-            encoded.update(grids_and_sizes([grid for _, grid in grids], sizes))
-        if grids:
-            encoded.update(self._instructions(instructions(videos_as_images(checked))))
+        if media:
+            encoded.update(self.image_processor.encode_media(media, grids))
+        elif grids:
+            encoded.update(grids_and_sizes(grids, sizes))
+        encoded.update(self._instructions(instructions(videos_as_images(checked))))
         return encoded
 
-    def num_tokens(
-        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int] = ()
-    ) -> int:
+    def num_tokens(self, messages: Sequence[Message], shown: Sequence[Shown]) -> int:
         """Return how many tokens `encode` gives for a conversation with labels, without pixels.
 
         Args:
             messages: see `vlm.conversations`.
-            sizes: (width, height) of each image.
-            num_frames: of each video.
+            shown: for each of its images and videos.
 
         Raises:
             UserError: the conversation cannot be encoded.
         """
-        return self.count_tokens(messages, sizes, num_frames)[0]
+        return self.count_tokens(messages, shown)[0]
 
-    def count_tokens(
-        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int] = ()
-    ) -> tuple[int, int]:
+    def count_tokens(self, messages: Sequence[Message], shown: Sequence[Shown]) -> tuple[int, int]:
         """Return `num_tokens`, and how many of these are supervised."""
-        ids, labels = self._layout(*self._check(messages, sizes, num_frames), supervise=True)
+        checked, *placed = self._check(messages, shown)
+        ids, labels = self._layout(checked, self._counts(*placed), supervise=True)
         assert labels is not None, "asked for"
         return len(ids), int((labels != IGNORE).sum())
 
-    def prompt_length(
-        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int] = ()
-    ) -> int:
+    def prompt_length(self, messages: Sequence[Message], shown: Sequence[Shown]) -> int:
         """Return how many tokens a conversation takes that waits for a reply; see `num_tokens`."""
-        checked, grids = self._check(messages, sizes, num_frames)
-        return len(self._layout(checked, grids, add_generation_prompt=True)[0])
+        checked, *at = self._check(messages, shown)
+        return len(self._layout(checked, self._counts(*at), add_generation_prompt=True)[0])
 
     def _check(
-        self, messages: Sequence[Message], sizes: Sequence[Size], num_frames: Sequence[int]
-    ) -> tuple[list[dict[str, Any]], list[tuple[Size, Size]]]:
-        """Return checked messages, and size and grid of what each placeholder stands for."""
-        checked = check_messages(messages, len(sizes), self.image_token, len(num_frames))
-        shown = in_order(checked, sizes, num_frames)
+        self, messages: Sequence[Message], shown: Sequence[Shown]
+    ) -> tuple[list[dict[str, Any]], list[Size], list[Size]]:
+        """Return checked messages, and for each placeholder (width, height) and `tile_grids`."""
+        kinds = ["video" if isinstance(item, int) else "image" for item in shown]
+        num_images, num_videos = kinds.count("image"), kinds.count("video")
+        checked = check_messages(messages, self.image_token, num_images, num_videos)
+        assert kinds_shown(checked) == kinds, "what is shown stands in the placeholders' order"
         any_size = (1, 1)  # of a video's frames, whose tokens it does not change
-        known = [any_size if isinstance(item, int) else item for item in shown]
-        return checked, list(zip(known, self.image_processor.grids(shown), strict=True))
+        sizes = [any_size if isinstance(item, int) else item for item in shown]
+        return checked, sizes, self.image_processor.grids(shown)
+
+    def _counts(self, sizes: Sequence[Size], grids: Sequence[Size]) -> list[int]:
+        """Return the tokens that stand at each placeholder."""
+        count = self.image_processor.num_tokens_of_grid
+        return [count(size, grid) for size, grid in zip(sizes, grids, strict=True)]
 
     def _layout(
         self,
         checked: Sequence[dict[str, Any]],
-        shown: Sequence[tuple[Size, Size]],
+        counts: Sequence[int],
         supervise: bool = False,
         add_generation_prompt: bool = False,
         max_length: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return ids (L,) with image tokens repeated, and labels (L,); `shown`: see `_check`."""
+        """Return ids (L,) with image tokens repeated `counts` times, and labels (L,)."""
         template = self.chat_template or ""
         assert isinstance(template, str), "one template, not several by name"
         rendered = render(
@@ -247,18 +251,17 @@ class VlmProcessor(ProcessorMixin):
         )
         ids = np.asarray(tokens["input_ids"], dtype=np.int64)
         is_image = ids == self.image_token_id
-        if is_image.sum() != len(shown):
+        if is_image.sum() != len(counts):
             raise UserError(
-                f"the chat template made {is_image.sum()} image tokens of {len(shown)} images; "
+                f"the chat template made {is_image.sum()} image tokens of {len(counts)} images; "
                 "it drops or repeats placeholders"
             )
-        counts = [self.image_processor.num_tokens_of_grid(size, grid) for size, grid in shown]
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_image] = counts
         length = int(repeats.sum())
         if max_length is not None and length > max_length:
             raise UserError(
-                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(shown)} "
+                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(counts)} "
                 f"{called(checked)}), more than max_length {max_length}; raise it, or choose a "
                 "tiling or connector with fewer tokens"
             )
@@ -269,7 +272,7 @@ class VlmProcessor(ProcessorMixin):
 
     def _instructions(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return images' instructions as the connector reads them; nothing if it does not."""
-        if not self.reads_instructions:
+        if not (self.reads_instructions and texts):
             return {}
         assert self.instruction_tokenizer is not None, "see __init__"
         return tokenize(self.instruction_tokenizer, texts)

@@ -46,6 +46,28 @@ def test_forms_of_one_record(raw):
     ]
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"video": "a.mp4", "conversations": [{**ASK, "content": "<video>What?"}, SAY]},
+        {"video": "a.mp4", "conversations": [ASK, SAY]},  # LLaVA's <image>
+        {"videos": ["a.mp4"], "messages": [{**ASK, "content": "<video>What?"}, SAY]},
+        {"messages": [{**ASK, "content": [{"type": "video", "video": "a.mp4"}, TEXT]}, SAY]},
+        {"videos": ["a.mp4"], "messages": [{**ASK, "content": [{"type": "video"}, TEXT]}, SAY]},
+        {
+            "messages": [
+                {**ASK, "content": [{"type": "video_url", "video_url": {"url": "a.mp4"}}, TEXT]},
+                SAY,
+            ]
+        },
+    ],
+)
+def test_forms_of_one_video_record(raw):
+    found = to_messages(raw, "f:1")
+    assert (found.videos, found.images) == (("a.mp4",), ())
+    assert found.messages[0]["content"] == [{"type": "video"}, TEXT]
+
+
 def test_minicpm_pictures_come_in_the_order_of_their_tags():
     text = "Is <image_01> or <image_00> larger than <image_01>?"
     raw = {"image": {"<image_00>": "a", "<image_01>": "b"}, "conversations": minicpm(text)}
@@ -77,7 +99,15 @@ FAULTS = {
         "messages": [{**ASK, "content": [{"type": "image", "image": "a"}]}, SAY],
     },
     "a turn has the entry": {"messages": [{**ASK, "content": [{"type": "audio"}]}, SAY]},
-    "videos cannot be trained on yet": {"videos": ["a.mp4"], "messages": [BARE, SAY]},
+    "'video' and 'videos', which mean the same": {
+        "video": "a.mp4",
+        "videos": ["a.mp4"],
+        "messages": [BARE, SAY],
+    },
+    "its videos stand in its turns": {
+        "video": "b",
+        "messages": [{**ASK, "content": [{"type": "video", "video": "a"}]}, SAY],
+    },
     "sounds cannot be trained on": {"audios": ["a.wav"], "messages": [BARE, SAY]},
     "boxes in 'objects'": {"objects": {"bbox": [[0, 0, 1, 1]]}, "messages": [BARE, SAY]},
     "'image' must be a path": {"image": [3], "messages": [ASK, SAY]},

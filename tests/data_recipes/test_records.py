@@ -112,7 +112,24 @@ FAULTS = {
     ),
     "image is no path": (record(Q, A, image=3), "'image' must be a path"),
     "empty path": (record(Q, A, image=""), "'image' must be a path"),
-    "video": (record(Q, A, video="a.mp4"), "videos cannot be trained on yet"),
+    "video without a placeholder": (
+        record(Q, A, video="a.mp4"),
+        "1 video(s) but 0 <video> placeholder(s)",
+    ),
+    "<image> for video and image": (
+        record(("human", "<image><image>"), A, image="a", video="b"),
+        "1 image(s) but 2 <image>",
+    ),
+    "more videos": (
+        record(("human", "<video>"), A, video=["a", "b"]),
+        "2 video(s) but 1 <video>",
+    ),
+    "video in an answer": (
+        record(("human", "<video>?"), ("gpt", "<video>"), video="a"),
+        "only the user's turns can show a video",
+    ),
+    "video is no path": (record(Q, A, video={"bytes": 3}), "'video' must be a path"),
+    "part of a video": (record(Q, A, video="a", clip=[0, 3]), "'clip'"),
 }
 
 
@@ -133,3 +150,34 @@ def test_place_is_not_computed_for_good_records():
             raise AssertionError("counting lines for every record would be quadratic")
 
     to_messages(record(Q, A), Slow())
+
+
+IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
+
+
+@pytest.mark.parametrize(
+    ("text", "media", "position", "content", "images", "videos"),
+    [
+        ("<video>\nWhat?", {"video": "a.mp4"}, "as_written", [VIDEO, "\nWhat?"], 0, 1),
+        ("<image>\nWhat?", {"video": "a.mp4"}, "as_written", [VIDEO, "\nWhat?"], 0, 1),
+        (
+            "<image> then <video> and <image>?",
+            {"video": ["a.mp4"], "image": ["0.png", "1.png"]},
+            "as_written",
+            [IMAGE, " then ", VIDEO, " and ", IMAGE, "?"],
+            2,
+            1,
+        ),
+        ("What?<video>", {"video": "a.mp4"}, "first", [VIDEO, "\nWhat?"], 0, 1),
+        ("What?", {"video": ["a", "b"]}, "front_if_missing", None, 0, 2),
+        ("<video>\nWhat?", {"video": "a.mp4"}, "none", ["What?"], 0, 0),
+        ("Close the <video> tag", {}, "as_written", ["Close the <video> tag"], 0, 0),
+    ],
+)
+def test_videos(text, media, position, content, images, videos):
+    read = to_messages(record(("human", text), A, **media), "f:1", position)
+    if content is None:
+        content = [VIDEO, "\n", VIDEO, "\nWhat?"]
+    expected = [{"type": "text", "text": e} if isinstance(e, str) else e for e in content]
+    assert read.messages[0]["content"] == expected
+    assert (len(read.images), len(read.videos)) == (images, videos)

@@ -242,7 +242,7 @@ def test_sizes_give_all_but_the_pixels(tiling, make_model, make_image) -> None:
     messages = turns([IMAGE, IMAGE, text("What?")], "A cat.")
     images = [make_image(90, 30), make_image(30, 70)]
     expected = processor.encode(messages, images, supervise=True)
-    found = processor.encode(messages, sizes=[image.size for image in images], supervise=True)
+    found = processor.encode(messages, shown=[image.size for image in images], supervise=True)
     del expected["pixel_values"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

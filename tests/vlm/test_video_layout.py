@@ -189,8 +189,8 @@ def test_a_video_and_images_take_one_path(tiling, newline, make_model, make_imag
     encoded = processor.encode(talk, images, videos=[video], supervise=True)
     assert encoded["tile_grids"][1].tolist() == [0, 3]
     assert encoded["image_sizes"][1].tolist() == [30, 40]
-    sizes = [image.size for image in images]
-    assert processor.count_tokens(talk, sizes, [3])[0] == len(encoded["input_ids"])
+    shown = [images[0].size, 3, images[1].size]
+    assert processor.count_tokens(talk, shown)[0] == len(encoded["input_ids"])
     batch = processor.collate([encoded], "right")
     first, seen, _ = model.get_image_features(
         batch["pixel_values"], batch["tile_grids"], batch["image_sizes"]

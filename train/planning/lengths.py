@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_recipes.dataset import ConversationDataset
-from data_recipes.image_files import size_of
+from data_recipes.image_files import shown_size
 from data_recipes.mixture import Mixture
 from data_recipes.readers import data_files, open_records
 from train.planning.step import Sample, plan_views
@@ -135,10 +135,12 @@ def _row(dataset: ConversationDataset, processor: VlmProcessor, position: int) -
     number, row = dataset.mixture.locate(position)
     try:
         record = dataset.record(number, row)
-        sizes = tuple(size_of(file) for file in dataset.files(record, number))
-        tokens, supervised = processor.count_tokens(record.messages, sizes)
+        shown = [shown_size(file) for file in dataset.files(record, number)]
+        tokens, supervised = processor.count_tokens(record.messages, shown)
     except UserError:
         return None
+    # The tokens of a video count with the text; the encoding of its frames is not planned.
+    sizes = tuple(size for size in shown if not isinstance(size, int))
     images = sum(processor.image_processor.num_tokens(size, len(sizes)) for size in sizes)
     return Sample(sizes, tokens - images, supervised)
 

@@ -64,7 +64,7 @@ def decodes(monkeypatch):
 
     store, elsewhere = data_recipes.pictures, data_recipes.dataset
     monkeypatch.setattr(store, "load_image", counted("store", store.load_image))
-    monkeypatch.setattr(elsewhere, "load", counted("elsewhere", elsewhere.load))
+    monkeypatch.setattr(elsewhere, "load_media", counted("elsewhere", elsewhere.load_media))
     return counts
 
 
