@@ -8,15 +8,21 @@ leaves either a whole checkpoint or one that is recognised as torn.
 import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vlm.done import flush, write_flushed
+from vlm.errors import UserError
 from vlm.on_base import read_base, stands_on_base
 
 PREFIX = "checkpoint-"
 NOTE = "complete.json"
 LOSSES = "losses.json"  # of the last steps, see `train.spikes`
-STATE = (NOTE, LOSSES, "trainer_state.json")  # what a model's folder does not hold
+RECIPE = "recipe.yaml"  # of the stage that wrote it
+STATE = (NOTE, LOSSES, RECIPE, "trainer_state.json")  # what a model's folder gets no copy of
 
 
 def step_of(folder: Path) -> int:
@@ -27,12 +33,35 @@ def step_of(folder: Path) -> int:
 def is_full_disk(error: Exception) -> bool:
     """Return whether an error of a write means that the disk, or the user's share, is full.
 
-    torch and safetensors write in their own code and tell it in words, without an errno.
+    torch and safetensors write in their own code and tell it in words, without an errno; torch
+    mostly notices no more than that its file is shorter than what it has written.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    words = ("No space left", "quota exceeded", "failed writing file")
+    words = ("No space left", "quota exceeded", "failed writing file", "unexpected pos")
     return any(word in str(error) for word in words)
+
+
+@contextmanager
+def full_disk_told(what: str, folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a sentence.
+
+    Args:
+        what: could not be written.
+        folder: of the checkpoints.
+
+    Raises:
+        UserError: the disk is full; the sentence names the newest checkpoint, which is untouched.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_full_disk(error):
+            raise
+        raise UserError(
+            f"no space left in {folder} for {what}; {newest(folder) or 'no earlier checkpoint'} is "
+            "whole: make room, and the same command goes on"
+        ) from error
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:

@@ -10,19 +10,26 @@
     checkpoints/checkpoint-<step>/  what a killed stage goes on from
 """
 
+import errno
+import fcntl
+import os
+import platform
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from train.manifest import read_manifest
-from train.process import is_main_process
+from train.process import is_main_process, say
 from train.recipe import Recipe, StageRecipe
 from vlm.done import first_difference, flush, write_flushed
 from vlm.errors import UserError
 from vlm.yaml_values import read_file, to_text
 
+LOCK = ".lock"  # names the process that trains here
 # Settings that may change between the parts of one stage: they do not reach the weights.
 FREE_SETTINGS = (
     "logging_steps",
@@ -44,25 +51,55 @@ def stage_tree(recipe: Recipe, stage: StageRecipe) -> dict[str, Any]:
     return {"model": tree["model"], "seed": recipe.seed, "stage": asdict(stage)}
 
 
-def prepare_output(recipe: Recipe) -> None:
-    """Make the output folder and write the resolved recipe.
+@contextmanager
+def output_of(recipe: Recipe) -> Iterator[None]:
+    """Make the output folder, write the resolved recipe and be the folder's only writer meanwhile.
+
+    The lock is of this process alone (POSIX), so that a kill frees it at once: loader workers live
+    on for some seconds, and a lock that they inherit would, too.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or another run writes to it.
     """
     folder = Path(recipe.output_dir)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe") as probe:
+                probe.write(b"0" * 4096)
+                probe.flush()
+            if is_main_process():
+                _lock(stack.enter_context((folder / LOCK).open("a+")), folder)
+                write_flushed(folder / "recipe.yaml", to_text(recipe.to_dict()))
+        except OSError as error:
+            raise UserError(
+                f"output_dir {folder} cannot be written ({error.strerror}); choose another with "
+                "--output_dir"
+            ) from error
+        yield
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    """Take a folder's lock, and note who has it.
+
+    Raises:
+        UserError: another process has it.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe") as probe:
-            probe.write(b"0" * 4096)
-            probe.flush()
-        if is_main_process():
-            write_flushed(folder / "recipe.yaml", to_text(recipe.to_dict()))
-    except OSError as error:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
         raise UserError(
-            f"output_dir {folder} cannot be written ({error.strerror}); choose another with "
-            "--output_dir"
+            f"another run ({file.read().strip()}) is at work in {folder}; wait for it, stop it, or "
+            "choose another --output_dir"
         ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        say(f"{folder} is on a disk without locks: nothing keeps a second run from writing there")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
 
 
 def claim(recipe: Recipe, stage: StageRecipe, folder: Path) -> bool:

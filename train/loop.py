@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from data_recipes.dataset import Collator
 from train.benchmark import Benchmark
 from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
-from train.checkpoints import copy_model, newest, step_of
+from train.checkpoints import copy_model, full_disk_told, newest, step_of
 from train.data import SkipNotes, dataset_of
 from train.folders import flush_files
 from train.freeze import Group
@@ -128,7 +128,8 @@ def train_to_end(
             manifest.write("interrupted")
             say(f"stopped; {newest(folder / 'checkpoints')} is saved, the same command goes on")
             raise KeyboardInterrupt
-    _write_final(trainer, ended, folder, weights)
+    with full_disk_told("the stage's model", folder / "checkpoints"):
+        _write_final(trainer, ended, folder, weights)
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         _draw(folder)

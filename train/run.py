@@ -14,15 +14,16 @@ from train.checkpoints import newest
 from train.data import check_data
 from train.engine import forget_engine
 from train.features.cache import features_before, prepare_features
-from train.folders import check_space, claim, is_done, prepare_output
+from train.folders import check_space, claim, is_done, output_of
 from train.freeze import Group, describe, freeze, settings
 from train.loop import make_trainer, train_to_end
 from train.manifest import StageManifest
 from train.order import make_order
 from train.parts import stage_parts, with_features
-from train.process import free_memory, say, seed_everything, set_up_torch
+from train.process import free_memory, is_main_process, say, seed_everything, set_up_torch
 from train.rates import check_steps
 from train.recipe import Recipe, StageRecipe, with_place
+from train.resume import check_resume
 from train.steps import step_sizes, total_steps
 from vlm.errors import UserError
 
@@ -37,12 +38,12 @@ def run(recipe: Recipe, only: str | None = None) -> Path:
         KeyboardInterrupt: the user stopped the run; what is done is saved.
     """
     chosen = check(recipe, only)
-    prepare_output(recipe)
     set_up_torch(recipe)
     folders = [Path(recipe.output_dir) / stage.name for stage in recipe.stages]
-    for stage, folder, previous in zip(recipe.stages, folders, [None, *folders], strict=False):
-        if stage in chosen:
-            run_stage(recipe, stage, folder, previous)
+    with output_of(recipe):
+        for stage, folder, previous in zip(recipe.stages, folders, [None, *folders], strict=False):
+            if stage in chosen:
+                run_stage(recipe, stage, folder, previous)
     return Path(recipe.output_dir) / chosen[-1].name
 
 
@@ -73,6 +74,8 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     free_memory()
     forget_engine()
     checkpoint = newest(folder / "checkpoints")
+    if checkpoint is not None and is_main_process():
+        check_resume(recipe, stage, folder, checkpoint)
     seed_everything(recipe.seed)
     parts = stage_parts(recipe, stage, previous, checkpoint)
     groups = freeze_stage(recipe, stage, parts.model)

@@ -6,12 +6,12 @@ forward accepts it.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -21,7 +21,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from data_recipes.dataset import ConversationDataset, Skipped
 from train.averages import WeightAverage
 from train.callbacks import KeepAverage
-from train.checkpoints import PREFIX, is_full_disk, newest, prune, seal
+from train.checkpoints import PREFIX, RECIPE, full_disk_told, prune, seal
 from train.engine import Engine, check_engine, shard_on_cpus
 from train.freeze import Group, optimizer_groups
 from train.measures import Window
@@ -46,20 +46,13 @@ class SealingTrainer(Trainer):
         folder = Path(cast(str, self.args.output_dir))
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # every rank's random state is written
-            if self.args.should_save:
-                checkpoint = folder / f"{PREFIX}{self.state.global_step}"
-                self._save_more(checkpoint)
-                seal(checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not is_full_disk(error):
-                raise
-            raise UserError(
-                f"no space left in {folder} for the checkpoint of step {self.state.global_step}; "
-                f"{newest(folder) or 'no earlier one'} is whole: make room, and the same command "
-                "goes on"
-            ) from error
+            with full_disk_told(f"the checkpoint of step {self.state.global_step}", folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # every rank's random state is written
+                if self.args.should_save:
+                    checkpoint = folder / f"{PREFIX}{self.state.global_step}"
+                    self._save_more(checkpoint)
+                    seal(checkpoint)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -169,6 +162,9 @@ class VlmTrainer(SealingTrainer):
         return scheduler
 
     def _save_more(self, checkpoint: Path) -> None:
+        recipe = Path(cast(str, self.args.output_dir)).parent / RECIPE
+        if recipe.exists():  # not where the Trainer runs without a recipe, as a benchmark's does
+            shutil.copy(recipe, checkpoint)
         if self.average is not None:
             self.average.save(checkpoint)
         if self.spikes is not None:

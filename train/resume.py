@@ -1,0 +1,46 @@
+"""May a stage go on from what its folder holds? From its own checkpoint, with its own data."""
+
+from pathlib import Path
+
+from train.checkpoints import RECIPE
+from train.folders import FREE_SETTINGS, stage_tree
+from train.manifest import hash_sources, read_manifest
+from train.recipe import Recipe, StageRecipe
+from vlm.done import first_difference
+from vlm.errors import UserError
+from vlm.yaml_values import read_file
+
+
+def check_resume(recipe: Recipe, stage: StageRecipe, folder: Path, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of another model or stage, or with data that has changed.
+
+    Args:
+        recipe: of the run.
+        stage: that goes on.
+        folder: the stage's.
+        checkpoint: its newest.
+
+    Raises:
+        UserError: the sentence says what differs.
+    """
+    written = checkpoint / RECIPE
+    if not written.exists():
+        raise UserError(
+            f"{checkpoint} holds no {RECIPE}, so no stage of ours wrote it: take it out of "
+            f"{checkpoint.parent}, or choose another --output_dir"
+        )
+    wanted = stage_tree(recipe, stage)
+    if found := first_difference(read_file(written), wanted, FREE_SETTINGS):
+        path, before, now = found
+        raise UserError(
+            f"{checkpoint} was written by another run, with {path} = {before!r}, but here it is "
+            f"{now!r}: take it out of {checkpoint.parent}, or choose another --output_dir"
+        )
+    before = read_manifest(folder).get("data", {})
+    for name, data in hash_sources(stage.data.sources).items():
+        if name in before and before[name] != data:
+            raise UserError(
+                f"data source {name!r} of stage {stage.name!r} has changed since the stage began "
+                f"(see {folder / 'manifest.json'}), so it cannot go on as it would have: put the "
+                "old data back, or choose another --output_dir"
+            )
