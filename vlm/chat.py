@@ -1,21 +1,28 @@
-"""Talk to a model about images in the terminal.
+"""Talk to a model about images and videos in the terminal.
 
 Type a question; Ctrl-C stops a reply, Ctrl-D or /quit ends the chat. Lines starting with / are
-commands: /image PATH adds a picture to the next question, /clear begins anew, /save FILE writes the
-conversation as LLaVA JSON, /help lists the commands. Questions can come from a pipe, one per line.
+commands: /image PATH and /video PATH add a picture or a video to the next question, /clear begins
+anew, /save FILE writes the conversation as LLaVA JSON, /help lists the commands. Questions can come
+from a pipe, one per line.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlm.chat_session import ChatSession
 
+VIDEO_SUFFIXES = {
+    *(".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv"),
+    *(".ts", ".webm", ".wmv"),
+}
 HELP = """\
 /image PATH   add a picture to the next question
+/video PATH   add a video to the next question
 /clear        forget the conversation and its pictures
 /save FILE    write the conversation as LLaVA-format JSON
 /help         this list
@@ -25,7 +32,9 @@ HELP = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `vlm chat`."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub id")
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="pictures to talk about")
+    parser.add_argument(
+        "images", metavar="FILE", nargs="*", help="pictures and videos to talk about"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="ask this, print the reply and exit")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
@@ -53,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from vlm.errors import UserError
     from vlm.images import load_image
     from vlm.loading import check_checkpoint, load_model
+    from vlm.video import video_facts
 
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty; write a question")
@@ -62,15 +72,26 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     # Loading a large model takes minutes: look at everything else first.
     check_checkpoint(args.model)
-    images = [(path, load_image(path)) for path in args.images]
+    videos = [path for path in args.images if is_video_name(path)]
+    images = {path: load_image(path) for path in args.images if path not in videos}
+    for path in videos:
+        video_facts(path)
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
     session = ChatSession(model, processor, sampling, args.system)
-    for path, image in images:
-        session.add_image(image, name=path)
+    for path in args.images:
+        if path in videos:
+            session.add_video(path)
+        else:
+            session.add_image(images[path], name=path)
     if args.prompt is not None:
         say(session, args.prompt)
         return 0
     return converse(session, interactive=sys.stdin.isatty(), name=args.model)
+
+
+def is_video_name(path: str) -> bool:
+    """Return whether a file is a video by its name; of a GIF, the first frame is a picture."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def converse(session: "ChatSession", interactive: bool, name: str) -> int:
@@ -82,7 +103,7 @@ def converse(session: "ChatSession", interactive: bool, name: str) -> int:
     from vlm.errors import UserError
 
     if interactive:
-        print(f"{name}: {len(session.waiting)} pictures; /help lists the commands")
+        print(f"{name}: {len(session.waiting)} pictures and videos; /help lists the commands")
     for line in read_lines(interactive):
         try:
             if not obey(session, line):
@@ -128,8 +149,9 @@ def obey(session: "ChatSession", line: str) -> bool:
         return True
     command, _, rest = line.partition(" ")
     rest = rest.strip()
-    if command in ("/image", "/save") and not rest:
-        raise UserError(f"{command} needs a {'picture' if command == '/image' else 'file'}'s path")
+    needed = {"/image": "picture", "/video": "video", "/save": "file"}
+    if command in needed and not rest:
+        raise UserError(f"{command} needs a {needed[command]}'s path")
     match command:
         case "/quit":
             return False
@@ -139,6 +161,10 @@ def obey(session: "ChatSession", line: str) -> bool:
             session.clear()
         case "/image":
             session.add_image(rest)
+        case "/video":
+            video = session.add_video(rest)
+            times = ", ".join(f"{time:.1f}" for time in video.times)
+            print(f"{len(video.frames)} of {video.num_file_frames} frames, at {times} s")
         case "/save":
             session.save(rest)
             print(f"saved {rest}")
@@ -152,6 +178,8 @@ def obey(session: "ChatSession", line: str) -> bool:
 
 def say(session: "ChatSession", text: str) -> None:
     """Print the reply as it comes; Ctrl-C stops the reply and keeps what was said."""
+    if left_out := session.fit_videos(text):
+        print(f"({left_out})")
     with closing(session.ask(text)) as pieces:
         try:
             for piece in pieces:

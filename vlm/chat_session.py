@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Generator, Mapping
+from bisect import bisect_left
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlm.errors import UserError
+from vlm.image_processing import Medium
 from vlm.images import load_image
 from vlm.long_context import context_length
 from vlm.modeling import VlmForConditionalGeneration
-from vlm.processing import VlmProcessor
+from vlm.processing import Shown, VlmProcessor
+from vlm.video import DEFAULT_LIMITS, SampledVideo, VideoLimits, sample_video, thin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,10 @@ class _Stop(StoppingCriteria):
 
 
 class ChatSession:
-    """The turns so far, the pictures they speak of, and those waiting for the next question."""
+    """The turns so far, the pictures they speak of, and those waiting for the next question.
+
+    `images` and `waiting` hold names with pictures and videos, in the order of the conversation.
+    """
 
     def __init__(
         self,
@@ -82,8 +88,8 @@ class ChatSession:
         self.messages: list[dict[str, Any]] = []
         if self.system is not None:
             self.messages.append(_message("system", self.system))
-        self.images: list[tuple[str, Image.Image]] = []
-        self.waiting: list[tuple[str, Image.Image]] = []
+        self.images: list[tuple[str, Medium]] = []
+        self.waiting: list[tuple[str, Medium]] = []
 
     def add_image(self, source: str | Path | Image.Image, name: str | None = None) -> None:
         """Load a picture for the next question.
@@ -93,18 +99,76 @@ class ChatSession:
         """
         self.waiting.append((name or str(source), load_image(source)))
 
+    def add_video(
+        self,
+        source: str | Path | SampledVideo,
+        name: str | None = None,
+        limits: VideoLimits = DEFAULT_LIMITS,
+    ) -> SampledVideo:
+        """Load the frames of a video that the model looks at, for the next question.
+
+        Args:
+            source: a file, or its frames.
+            name: what it is called when the conversation is saved.
+            limits: what is refused.
+
+        Raises:
+            UserError: it cannot be read, or exceeds a limit.
+        """
+        if not isinstance(source, SampledVideo):
+            processor = self.processor.image_processor
+            options = {"limits": limits, "target_size": max(224, processor.view_size), "threads": 0}
+            source = sample_video(source, **processor.video_config.sampling(), **options)
+        self.waiting.append((name or source.name, source))
+        return source
+
+    def fit_videos(self, text: str) -> str | None:
+        """Leave out frames of the waiting videos until question and reply fit the model's context.
+
+        `ask` does so itself; call this before to tell the user.
+
+        Returns:
+            a sentence that says what was left out; None: nothing.
+        """
+        videos = [medium for _, medium in self.waiting if isinstance(medium, SampledVideo)]
+        limit, most = self._limit(), max((len(video.frames) for video in videos), default=0)
+        if limit is None or not videos:
+            return None
+        room = limit - self.sampling.max_new_tokens
+
+        messages = [*self.messages, _message("user", text, self.waiting)]
+        before = [_shown(medium) for _, medium in self.images]
+
+        def too_long(frames: int) -> bool:
+            waiting = [_shown(medium, frames) for _, medium in self.waiting]
+            return self.processor.prompt_length(messages, before + waiting) > room
+
+        # As many as fit; one where none does, and the error then says what is too long.
+        fitting = max(1, bisect_left(range(1, most + 1), True, key=too_long))
+        if fitting == most:
+            return None
+        self.waiting = [
+            (name, thin(medium, fitting) if isinstance(medium, SampledVideo) else medium)
+            for name, medium in self.waiting
+        ]
+        return (
+            f"{fitting} of {most} frames are looked at: question and reply have to fit the model's "
+            f"{limit} tokens, {self.sampling.max_new_tokens} of them for the reply"
+        )
+
     def ask(self, text: str) -> Generator[str]:
         """Add a question and yield the reply in pieces; the reply is kept, even if cut short.
 
-        Closing the iterator stops the model.
+        Closing the iterator stops the model. Videos are shown with as many frames as fit.
 
         Raises:
             UserError: the conversation cannot be encoded or is too long; the question is not kept.
         """
-        question = _message("user", text, num_images=len(self.waiting))
+        self.fit_videos(text)
+        question = _message("user", text, self.waiting)
         images = self.images + self.waiting
         messages = [*self.messages, question]
-        inputs = self._encode(messages, [image for _, image in images])
+        inputs = self._encode(messages, [medium for _, medium in images])
         reply = _message("assistant", "")
         self.messages, self.images, self.waiting = [*messages, reply], images, []
         for piece in self._stream(inputs):
@@ -127,8 +191,8 @@ class ChatSession:
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         first = asked[turn]
         question = self.messages[first]["content"]
-        kept = sum(_num_images(message) for message in self.messages[:first])
-        of_question = _num_images(self.messages[first])
+        kept = sum(_num_shown(message) for message in self.messages[:first])
+        of_question = _num_shown(self.messages[first])
         self.messages = self.messages[:first]
         self.waiting, self.images = self.images[kept : kept + of_question], self.images[:kept]
         return question[-1]["text"]
@@ -137,12 +201,13 @@ class ChatSession:
         """Return the longest sequence the language model knows, None where it has no limit."""
         return context_length(self.model.config.text_config)
 
-    def _encode(self, messages: list, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    def _encode(self, messages: list, media: list[Medium]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for the conversation, on its device."""
         limit = self._limit()
         encoded = self.processor.encode(
             messages,
-            images,
+            [medium for medium in media if not isinstance(medium, SampledVideo)],
+            videos=[medium for medium in media if isinstance(medium, SampledVideo)],
             add_generation_prompt=True,
             max_length=None if limit is None else limit - 1,
         )
@@ -190,16 +255,17 @@ class ChatSession:
             raise failures[0]
 
     def to_record(self, name: str) -> dict[str, Any]:
-        """Return the conversation as a record in LLaVA's form, with the pictures' names."""
+        """Return the conversation as a record in LLaVA's form, with its files' names."""
         speakers = {"system": "system", "user": "human", "assistant": "gpt"}
         turns = [
             {"from": speakers[message["role"]], "value": _with_placeholders(message)}
             for message in self.messages
         ]
         record: dict[str, Any] = {"id": name}
-        names = [name for name, _ in self.images]
-        if names:
-            record["image"] = names[0] if len(names) == 1 else names
+        for key, is_video in (("image", False), ("video", True)):
+            names = [name for name, m in self.images if isinstance(m, SampledVideo) == is_video]
+            if names:
+                record[key] = names[0] if len(names) == 1 else names
         return record | {"conversations": turns}
 
     def save(self, path: str | Path) -> None:
@@ -216,20 +282,30 @@ class ChatSession:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _message(role: str, text: str, num_images: int = 0) -> dict[str, Any]:
-    """Return one message: pictures first, then the text."""
-    images = [{"type": "image"} for _ in range(num_images)]
-    return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+def _message(role: str, text: str, media: Sequence[tuple[str, Medium]] = ()) -> dict[str, Any]:
+    """Return one message: pictures and videos first, then the text."""
+    kinds = ["video" if isinstance(medium, SampledVideo) else "image" for _, medium in media]
+    return {
+        "role": role,
+        "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": text}],
+    }
 
 
-def _num_images(message: Mapping[str, Any]) -> int:
-    """Return how many pictures a message shows."""
-    return sum(entry["type"] == "image" for entry in message["content"])
+def _shown(medium: Medium, most_frames: int | None = None) -> Shown:
+    """Return what counts a picture's or a video's tokens, of at most so many frames."""
+    if isinstance(medium, SampledVideo):
+        return len(thin(medium, most_frames or len(medium.frames)).frames)
+    return medium.size
+
+
+def _num_shown(message: Mapping[str, Any]) -> int:
+    """Return how many pictures and videos a message shows."""
+    return sum(entry["type"] != "text" for entry in message["content"])
 
 
 def _with_placeholders(message: Mapping[str, Any]) -> str:
     """Return a message as LLaVA's files have it: `<image>` and a newline per picture, the text."""
-    parts = (
-        "<image>\n" if entry["type"] == "image" else entry["text"] for entry in message["content"]
+    return "".join(
+        entry["text"] if entry["type"] == "text" else f"<{entry['type']}>\n"
+        for entry in message["content"]
     )
-    return "".join(parts)

@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("eval.cli", "score a model on benchmark tasks", True),
     "ablate": Command("eval.ablation.cli", "compare variants of a recipe in one table", True),
     "merge": Command("vlm.merge", "make a plain checkpoint of one with an adapter"),
-    "chat": Command("vlm.chat", "talk to a model about images in the terminal"),
+    "chat": Command("vlm.chat", "talk to a model about images and videos in the terminal"),
     "demo": Command("demo.cli", "talk to a model about images in a web page"),
     "base": Command("train.base_cli", "make the small base models of the quickstart", True),
 }
