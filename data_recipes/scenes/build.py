@@ -12,7 +12,8 @@ import hashlib
 import io
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,20 +117,29 @@ def _write_training(folder: Path, settings: BuildSettings, workers: int) -> dict
         (folder, settings, start, min(SHARD, settings.train - start))
         for start in range(0, settings.train, SHARD)
     ]
-    context = multiprocessing.get_context("spawn")
     with (
         (folder / "captions.jsonl").open("w") as captions,
         (folder / "questions.jsonl").open("w") as dialogues,
-        context.Pool(workers) as pool,
+        _mapping(workers) as each,
         tqdm(total=settings.train, desc="training scenes", unit="scene") as progress,
     ):
         num_questions = 0
-        for caption_lines, dialogue_lines, asked in pool.imap(_train_shard, shards):
+        for caption_lines, dialogue_lines, asked in each(_train_shard, shards):
             captions.writelines(caption_lines)
             dialogues.writelines(dialogue_lines)
             num_questions += asked
             progress.update(len(dialogue_lines))
     return {"train": settings.train, "train_questions": num_questions}
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Yield a `map` that keeps the order: over processes, or here where one is enough."""
+    if workers == 1:
+        yield map
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield pool.imap
 
 
 def _train_shard(job: tuple[Path, BuildSettings, int, int]) -> tuple[list[str], list[str], int]:

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import vlm.child_commands
 from eval.ablation import checks, execution, flow, gather
 from eval.ablation.cli import add_arguments
 from eval.ablation.cli import run as run_command
@@ -349,28 +349,32 @@ def real_recipe(encoder_folder, language_model_folder, make_image):
     return write
 
 
-@pytest.mark.slow
-def test_a_killed_ablation_of_real_commands_goes_on_to_the_table(tmp_path, data, real_recipe):
+def test_a_killed_ablation_of_real_commands_goes_on_to_the_table(
+    tmp_path, data, real_recipe, forked, monkeypatch
+):
     """Trains, kills, trains on, scores and measures two connectors with the real commands."""
+    monkeypatch.setattr(vlm.child_commands, "subprocess", forked)
+    monkeypatch.setattr(checks, "subprocess", forked)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_text(real_recipe(tmp_path)))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vlm", "ablate", str(recipe), "--data", str(data), "--out",
                str(out), "--vary", "connector=mlp,{type: pooling, side: 2}", "--rounds", "2",
                "--max-new-tokens", "4", "--limit", "8"]  # fmt: skip
-    first = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)  # fmt: skip
+    with (tmp_path / "log").open("wb") as log:
+        first = forked.Popen(command, log, log, start_new_session=True)
     deadline = time.monotonic() + 600
     while not (out / "runs/mlp/seed3/train/align/manifest.json").exists():
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+        assert first.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    second = subprocess.run(command, capture_output=True, text=True)
+    assert first.wait() == -signal.SIGKILL
+    second = forked.run(command)
     assert second.returncode == 0, second.stderr[-3000:]
     rows = json.loads((out / "ablation.json").read_text())["rows"]
     assert [rows[name]["costs"]["visual_tokens"] for name in rows] == [16, 4]
     assert rows["pooling(side=2)"]["scores"]["Depth"]["difference"]["p"] <= 1
     assert (out / "plot.png").exists() and (out / "table.csv").exists()
-    third = subprocess.run(command, capture_output=True, text=True)
+    third = forked.run(command)
     assert third.stdout.count("done before") == 2
