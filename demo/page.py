@@ -3,37 +3,22 @@
 `build_page` mounts everything; a panel beside the chat is a function that takes the `Page`.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from gradio.events import Dependency
 
 from demo.handlers import Handlers, stop
 from demo.labels import Labels
+from demo.page_parts import AT_ONCE, Page
 from demo.sample_questions import cards
+from demo.seeing.panel import mount_seeing
 from demo.talk import Served
 from demo.told import language
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
-# Of events that do not wait for the model.
-AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-
-
-@dataclass(frozen=True)
-class Page:
-    """The parts that panels may read, and where they go."""
-
-    served: Served
-    labels: Labels
-    talk: gr.State  # a demo.talk.Talk, None before the first question
-    chatbot: gr.Chatbot
-    box: gr.MultimodalTextbox
-    system: gr.Textbox
-    settings: list[Component]  # temperature, top-p, longest reply, beams
-    beside: gr.Column  # panels are mounted in here, and make it visible
 
 
 def build_page(served: Served) -> gr.Blocks:
@@ -45,7 +30,7 @@ def build_page(served: Served) -> gr.Blocks:
 
     with gr.Blocks(title=f"{served.name} - vlm", analytics_enabled=False) as blocks:
         talk = gr.State(None, delete_callback=served.talks.forget)
-        with gr.Row(elem_id="bar"):
+        with gr.Row(elem_id="bar") as bar:
             gr.HTML(f"<h1>{served.name}</h1>", elem_id="title", padding=False)
             new_chat = labels.new(
                 gr.Button, {"value": "new_chat"}, size="sm", scale=0, elem_id="new-chat"
@@ -57,8 +42,8 @@ def build_page(served: Served) -> gr.Blocks:
             with gr.Column(scale=2, elem_id="beside", visible=False) as beside:
                 pass
         system, settings = _settings(labels)
-        page = Page(served, labels, talk, chatbot, box, system, settings, beside)
-        _wire(page, new_chat)
+        page = Page(served, labels, talk, chatbot, box, system, settings, bar, beside)
+        mount_seeing(page, _wire(page, new_chat))
         blocks.load(labels.in_language, None, labels.components, **AT_ONCE)
         blocks.unload(leave)
         blocks.load(_cards_in_language, None, chatbot, **AT_ONCE)
@@ -119,8 +104,8 @@ def _settings(labels: Labels) -> tuple[gr.Textbox, list[Component]]:
     return system, settings
 
 
-def _wire(page: Page, new_chat: gr.Button) -> None:
-    """Connect the parts with their handlers."""
+def _wire(page: Page, new_chat: gr.Button) -> list[Dependency]:
+    """Connect the parts with their handlers; return the events that give answers."""
     handlers = Handlers(page.served)
     talk, chatbot, box = page.talk, page.chatbot, page.box
     asked = [talk, chatbot, box]
@@ -130,6 +115,7 @@ def _wire(page: Page, new_chat: gr.Button) -> None:
         chatbot.edit(handlers.edit, talk, asked, **AT_ONCE),
         chatbot.example_select(handlers.sample, [page.system, talk], asked, **AT_ONCE),
     ]
+    given = []
     for posted in posts:
         answered = posted.success(
             handlers.answer,
@@ -142,6 +128,8 @@ def _wire(page: Page, new_chat: gr.Button) -> None:
             api_visibility="private",
         )
         answered.failure(handlers.take_back, talk, [chatbot, box], **AT_ONCE)
+        given.append(answered)
     box.stop(stop, talk, None, **AT_ONCE)
     for event in (new_chat.click, chatbot.clear):
         event(handlers.new_chat, talk, asked, **AT_ONCE)
+    return given

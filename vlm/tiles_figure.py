@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from vlm.tile_grids import fit_inside
+from vlm.seeing.token_places import canvas_box
 from vlm.tiles_view import TilesView
 from vlm.token_layout import lay_out, mosaic_size
 
@@ -27,8 +27,7 @@ PAGE_WIDTH, TOP_HEIGHT = 12.0, 5.4  # inches
 
 def draw(view: TilesView, name: str) -> Figure:
     """Return the page for one image."""
-    plan = view.tiling.plan(*view.image.size, view.view_size)
-    views = view.tiling.split(view.image, view.view_size, view.mean_color)
+    plan, views = view.plan, split(view)
     columns = min(MAX_COLUMNS, max(5, plan.cols + 1))
     rows = -(-len(views) // columns)
     views_height = rows * (PAGE_WIDTH / columns)
@@ -48,25 +47,30 @@ def draw(view: TilesView, name: str) -> Figure:
     return figure
 
 
+def split(view: TilesView) -> list[Image.Image]:
+    """Return the views of the image."""
+    return view.tiling.split(view.image, view.view_size, view.mean_color, view.num_images)
+
+
 def draw_tiles(axes: Axes, view: TilesView) -> None:
     """Show the image on its canvas with cut lines and order numbers; padding is hatched."""
-    plan = view.tiling.plan(*view.image.size, view.view_size)
-    side = view.view_size
-    canvas = width, height = plan.cols * side, plan.rows * side
-    scaled, title = canvas, "the image stretched to its tiles, numbered in order"
+    plan, side = view.plan, view.view_size
+    rows, cols = (1, 1) if plan.grid == (0, 0) else plan.grid  # one padded view
+    width, height = cols * side, rows * side
+    title = "the image stretched to its tiles, numbered in order"
     if view.tiling.pads:
-        scaled, title = (
-            fit_inside(view.image.size, canvas),
-            "the image on its tiles; hatched: padding",
-        )
-    left, top = (width - scaled[0]) / 2, (height - scaled[1]) / 2
+        title = "the image on its tiles; hatched: padding"
+    shown = canvas_box(view.image.size, view.tiling, side, plan.grid)
+    across, down = width / (shown[2] - shown[0]), height / (shown[3] - shown[1])
+    left, top = -shown[0] * across, -shown[1] * down
+    right, bottom = left + view.image.width * across, top + view.image.height * down
     axes.add_patch(
         Rectangle((0, 0), width, height, facecolor="#eef1f4", edgecolor=FADED, hatch="///")
     )
-    axes.imshow(view.image, extent=(left, left + scaled[0], top + scaled[1], top), zorder=2)
-    first = 2 if plan.whole == "first" else 1
-    for index in range(plan.rows * plan.cols):
-        row, col = divmod(index, plan.cols)
+    axes.imshow(view.image, extent=(left, right, bottom, top), zorder=2)
+    first = 2 if plan.whole == "first" and plan.num_views > 1 else 1
+    for index in range(rows * cols):
+        row, col = divmod(index, cols)
         corner = (col * side, row * side)
         axes.add_patch(
             Rectangle(corner, side, side, edgecolor=ACCENT, fill=False, linewidth=1.6, zorder=3)
@@ -74,7 +78,7 @@ def draw_tiles(axes: Axes, view: TilesView) -> None:
         axes.text(
             *((col + 0.5) * side, (row + 0.5) * side),
             str(index + first),
-            **_badge(11 if plan.cols < 7 else 8),
+            **_badge(11 if cols < 7 else 8),
         )
     _frame(axes, width, height, title)
 
@@ -86,10 +90,14 @@ def token_blocks(view: TilesView, views: Sequence[Image.Image]) -> list[np.ndarr
     tokens = torch.from_numpy(np.stack(seen)).flatten(1, 2)  # (T, N, 3)
     end = torch.tensor(NEWLINE, dtype=tokens.dtype)
     numbers = (view.image.size, view.tiling, view.view_size, view.token_grid)
-    sequence = lay_out(tokens, *numbers, newline=end, separator=end).numpy()
+    grid = view.plan.grid
+    sequence = lay_out(tokens, *numbers, newline=end, grid=grid, separator=end).numpy()
     if not view.tiling.is_mosaic:
         return list(sequence.reshape(-1, height, width, 3))
-    plan = view.tiling.plan(*view.image.size, view.view_size)
+    plan = view.plan
+    if plan.grid == (0, 0):  # one padded view, and its newline
+        whole, end_of_it = sequence[: height * width], sequence[height * width :]
+        return [whole.reshape(height, width, 3), *end_of_it[:, None, None]]
     rows, cols = mosaic_size(view.image.size, view.tiling, plan.grid, view.token_grid)
     width += view.tiling.has_separator
     count = height * width if plan.whole == "first" else 0
@@ -113,24 +121,31 @@ def draw_tokens(axes: Axes, view: TilesView, views: Sequence[Image.Image]) -> No
         axes.imshow(block, extent=(x, x + width, y + height, y), interpolation="nearest")
         x, row_height = x + width + gap, max(row_height, float(height))
         right = max(right, x - gap)
-    _frame(axes, right, y + row_height, describe_tokens(view, blocks))
+    _frame(axes, right, y + row_height, describe_tokens(view))
 
 
-def describe_tokens(view: TilesView, blocks: Sequence[np.ndarray]) -> str:
-    """Return the arithmetic of the count."""
-    height, width = view.token_grid
-    total = sum(block.shape[0] * block.shape[1] for block in blocks)
+def token_arithmetic(view: TilesView) -> str:
+    """Return how the count comes about, in numbers: "24 x 24 + 48 x (48 + 1) = 2928"."""
+    plan, (height, width) = view.plan, view.token_grid
+    total = view.num_tokens()
     if not view.tiling.is_mosaic:
-        return f"tokens: {len(blocks)} x {height} x {width} = {total}"
-    plan = view.tiling.plan(*view.image.size, view.view_size)
-    whole = f"{height} x {width} + " if plan.whole == "first" else ""
+        return f"{plan.num_views} x {height} x {width} = {total}"
+    if plan.grid == (0, 0):
+        return f"{height} x {width}{' + 1' * view.tiling.has_newline} = {total}"
     rows, cols = mosaic_size(view.image.size, view.tiling, plan.grid, view.token_grid)
-    if not view.tiling.has_newline:
-        return f"tokens: {whole}{rows} x {cols} = {total}"
+    whole = f"{height} x {width} + " if plan.whole == "first" else ""
     if view.tiling.has_separator:
-        whole, mosaic = f"{height} x ({width} + 1)", f"{rows} x ({cols} + 1)"
-        return f"tokens: {whole} + separator + {mosaic} = {total}; row ends orange"
-    return f"tokens: {whole}{rows} rows of ({cols} + 1 newline) = {total}; newlines orange"
+        whole = f"{height} x ({width} + 1) + 1 + "
+    columns = f"({cols} + 1)" if view.tiling.has_newline else f"{cols}"
+    return f"{whole}{rows} x {columns} = {total}"
+
+
+def describe_tokens(view: TilesView) -> str:
+    """Return the arithmetic of the count, and what stands in orange."""
+    ends = "; newlines orange" if view.tiling.has_newline else ""
+    if view.tiling.has_separator:
+        ends = "; separator and newlines orange"
+    return f"tokens: {token_arithmetic(view)}{ends}"
 
 
 def draw_views(axes: Sequence[Axes], views: Sequence[Image.Image], whole: str) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlm.tiling import Tiling
+    from vlm.image_processing import VlmImageProcessor
+    from vlm.tiling import Tiling, ViewPlan
 
 MEAN_COLOR = (122, 116, 104)  # CLIP's
 
@@ -80,13 +81,23 @@ class TilesView:
     view_size: int
     token_grid: tuple[int, int]
     mean_color: tuple[int, int, int] = MEAN_COLOR
+    num_images: int = 1  # of the conversation
+
+    @property
+    def plan(self) -> "ViewPlan":
+        """The views of the image."""
+        return self.tiling.plan(*self.image.size, self.view_size, self.num_images)
+
+    def num_tokens(self) -> int:
+        """Return how many tokens the image takes."""
+        from vlm.token_layout import num_image_tokens
+
+        known = (self.image.size, self.tiling, self.view_size, self.token_grid)
+        return num_image_tokens(*known, self.plan.grid)
 
     def summary(self) -> str:
         """Return the numbers in one line."""
-        from vlm.token_layout import num_image_tokens
-
-        plan = self.tiling.plan(*self.image.size, self.view_size)
-        count = num_image_tokens(self.image.size, self.tiling, self.view_size, self.token_grid)
+        plan, count = self.plan, self.num_tokens()
         views = "1 view" if plan.num_views == 1 else f"{plan.num_views} views"
         return (
             f"{self.image.width} x {self.image.height} pixels, {self.tiling_name} "
@@ -124,10 +135,17 @@ def view_of_model(folder: str, image: "Image.Image") -> TilesView:
     """
     from vlm.loading import check_checkpoint
     from vlm.processing import VlmProcessor
-    from vlm.tiling import build_tiling
 
     check_checkpoint(folder)
-    processor = VlmProcessor.from_pretrained(folder).image_processor
+    return view_of_processor(VlmProcessor.from_pretrained(folder).image_processor, image)
+
+
+def view_of_processor(
+    processor: "VlmImageProcessor", image: "Image.Image", num_images: int = 1
+) -> TilesView:
+    """Return what a model's processor does with an image of a conversation with `num_images`."""
+    from vlm.tiling import build_tiling
+
     return TilesView(
         image=image,
         tiling=build_tiling(processor.tiling),
@@ -135,6 +153,7 @@ def view_of_model(folder: str, image: "Image.Image") -> TilesView:
         view_size=processor.view_size,
         token_grid=processor.view_token_grid,
         mean_color=processor.mean_color,
+        num_images=num_images,
     )
 
 

@@ -1,6 +1,7 @@
 """Does the drawing show the tiling it was asked for, and does it name mistakes?"""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from vlm import tiles_view
 from vlm.errors import UserError
-from vlm.tiles_figure import NEWLINE, token_blocks
+from vlm.tiles_figure import NEWLINE, split, token_arithmetic, token_blocks
 
 
 @pytest.fixture
@@ -100,3 +101,25 @@ def test_mistakes_are_named(words, message, picture: Path) -> None:
     with pytest.raises(UserError) as error:
         tiles_view.run(options(str(picture), *words))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--tiling", "resize"],
+        ["--tiling", "pad", "--option", "unpad=true"],
+        ["--tiling", "anyres"],
+        ["--option", "unpad=false"],
+        ["--option", "multi_image=single_view"],
+        ["--tiling", "dynamic", "--option", "max_tiles=6"],
+        ["--tiling", "hd", "--option", "max_tiles=9"],
+    ],
+)
+def test_the_arithmetic_adds_up_alone_and_among_others(words, picture: Path) -> None:
+    image = Image.open(picture).convert("RGB")
+    alone = tiles_view.view_of_options(options(str(picture), *words), image)
+    for view in (alone, dataclasses.replace(alone, num_images=2)):
+        sum_, _, total = token_arithmetic(view).partition(" = ")
+        assert eval(sum_.replace("x", "*")) == int(total) == view.num_tokens()
+        cells = token_blocks(view, split(view))
+        assert sum(block.shape[0] * block.shape[1] for block in cells) == view.num_tokens()

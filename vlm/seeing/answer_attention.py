@@ -93,7 +93,7 @@ def answer_attention(
         UserError: there is no image or no answer; the connector keeps no places, the language
             model has no attention, or its weights would take too much memory at once.
     """
-    cells = check_places(model, len(images))
+    cells = _cells(model, len(images))
     encoded = processor.encode(messages, images, supervise=True)
     start, stop = _last_answer(encoded["labels"])
     words = words_of(processor.tokenizer, encoded["input_ids"][start:stop].tolist())
@@ -118,7 +118,16 @@ def answer_attention(
     return AnswerAttention(words, rows, tuple(places), tuple(sizes))
 
 
-def check_places(model: VlmForConditionalGeneration, num_images: int) -> TokenCells:
+def why_no_map(model: VlmForConditionalGeneration) -> Literal["recurrent", "no_places"] | None:
+    """Return why attention cannot be drawn over this model's images; None: it can."""
+    parts = model.model
+    if parts.state_traits is not None and not parts.state_traits.has_keys:
+        return "recurrent"
+    cells = parts.connector.itself().view_token_cells(parts.vision_tower.grids)
+    return "no_places" if cells is None else None
+
+
+def _cells(model: VlmForConditionalGeneration, num_images: int) -> TokenCells:
     """Return where in a view the connector's tokens look.
 
     Raises:
@@ -127,8 +136,8 @@ def check_places(model: VlmForConditionalGeneration, num_images: int) -> TokenCe
     parts = model.model
     if not num_images:
         raise UserError("the conversation has no picture, so there is nothing to draw on")
-    traits = parts.state_traits
-    if traits is not None and not traits.has_keys:
+    reason = why_no_map(model)
+    if reason == "recurrent":
         raise UserError(
             f"the language model ({model.config.text_config.model_type}) is recurrent: it has no "
             "attention that could be drawn"

@@ -1,0 +1,1 @@
+"""What does the page show of what the model sees? Tiles, attention, boxes, likelihoods."""
