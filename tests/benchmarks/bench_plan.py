@@ -155,9 +155,8 @@ def plan_bytes(recipe: Any, stage: str) -> dict[str, float]:
     """Return what the plan says of a stage on this machine."""
     from train.planning.gpus import GPUS
     from train.planning.plan import Options, make_plan
-    from vlm.packed_attention import NAME
 
-    options = Options(1, GPUS["H100"], 80.0, 0, 0.4, ((112, 112),), {}, {}, 64, NAME)
+    options = Options(1, GPUS["H100"], 80.0, 0, 0.4, ((112, 112),), {}, {}, 64)
     planned = make_plan(recipe, options, stage).stages[0]
     memory = planned.memory
     kept = memory.weights + memory.gradients + memory.optimizer

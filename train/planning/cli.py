@@ -60,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
     from train.planning.report import render
     from train.recipe import load_recipe
     from vlm.errors import UserError
-    from vlm.packed_attention import NAME
 
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu = lookup("GPU", args.gpu, {**GPUS, CPU: this_cpu(os.cpu_count() or 1, memory)})
@@ -80,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
         text_tokens=parse_numbers("--text-tokens", args.text_tokens),
         records=parse_numbers("--records", args.records),
         measured=args.measure,
-        attention=NAME if on_cpu else "sdpa",
     )
     recipe = load_recipe(args.recipe, args.overrides)
     for stage in {*options.text_tokens, *options.records} - {""}:

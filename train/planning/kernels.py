@@ -2,11 +2,13 @@
 
 Attention: on the meta device torch takes the form that writes all scores; here it is the fused
 kernel, which keeps queries, keys, values, outputs and one number a row. Autocast knows no meta
-device; its rules are repeated here.
+device; its rules are repeated here. A GPU takes packed documents in one call, and its dropout
+keeps a byte for each number where a CPU's keeps a number.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from vlm import packed_attention
+
+FLASH = (8, 0)  # the least compute capability of flash attention
 
 # The lists of torch's CUDA autocast (docs: "CUDA Ops that can autocast to ..."), as far as models
 # call them.
@@ -60,6 +66,46 @@ def fused_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = original
+
+
+@contextmanager
+def gpu_kernels(autocast: torch.dtype | None) -> Iterator[None]:
+    """Let packed documents attend and dropout drop as on a GPU of 2020 or later.
+
+    Args:
+        autocast: the lower type of mixed precision, if any.
+    """
+
+    def kind(device_type: str, dtype: torch.dtype, *_: Any, **known: Any) -> packed_attention.Kind:
+        """Take documents one by one where a GPU would take flex attention: it holds as much."""
+        chosen = real.kind("cuda", dtype, FLASH, True, **known)
+        return "varlen" if chosen == "varlen" else "each"
+
+    def compute_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+        return autocast or dtype
+
+    def dropout(
+        input: Tensor,  # noqa: A002 # its name in torch
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
+
+    real = SimpleNamespace(
+        kind=packed_attention.packed_kind,
+        compute_dtype=packed_attention._compute_dtype,
+        dropout=F.dropout,
+    )
+    packed_attention.packed_kind = kind
+    packed_attention._compute_dtype = compute_dtype
+    F.dropout = dropout
+    try:
+        yield
+    finally:
+        packed_attention.packed_kind = real.kind
+        packed_attention._compute_dtype = real.compute_dtype
+        F.dropout = real.dropout
 
 
 class Autocast(TorchFunctionMode):

@@ -1,16 +1,18 @@
 """How long are a stage's rows? Measured on its first records where they are here, else assumed."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 from data_recipes.dataset import ConversationDataset
 from data_recipes.image_files import shown_size
 from data_recipes.mixture import Mixture
 from data_recipes.readers import data_files, open_records
-from train.planning.step import Sample, plan_views
+from train.packing import Packing, best_fit
+from train.planning.step import Pack, Sample, plan_views
 from train.recipe import StageRecipe
 from vlm.chat_templates import load
 from vlm.errors import UserError
@@ -28,11 +30,13 @@ class Lengths:
         mean: what a row is on average; time is counted on it.
         longest: what memory must hold.
         origin: a sentence that says where both are from.
+        records: how many share a row, on average.
     """
 
-    mean: Sample
-    longest: Sample
+    mean: Sample | Pack
+    longest: Sample | Pack
     origin: str
+    records: float = 1.0
 
 
 def assumed_lengths(
@@ -71,6 +75,63 @@ def assumed_lengths(
     return Lengths(_row_of(middle, text), _row_of(largest, rest), origin)
 
 
+def pack_assumed(model: Any, assumed: Lengths, packing: Packing) -> Lengths:
+    """Return rows filled with assumed ones, as many of mean length as of the longest.
+
+    Rows are full at most: real records are of all lengths, so the fullest row has more text.
+
+    Raises:
+        UserError: a row has no room for the longest.
+    """
+    samples = [sample for sample in (assumed.mean, assumed.longest) if isinstance(sample, Sample)]
+
+    def num_tokens(sample: Sample) -> int:
+        return sample.text_tokens + image_tokens(model, sample.image_sizes)
+
+    most = max(map(num_tokens, samples))
+    if most > packing.length:
+        raise UserError(
+            f"a record takes {most} tokens, more than packed.length {packing.length}; raise it, "
+            "or choose a tiling or connector with fewer tokens"
+        )
+    packs = filled_lengths(samples, num_tokens, packing)
+    assert isinstance(packs.longest, Pack)
+    *others, last = packs.longest.documents
+    room = packing.length - sum(map(num_tokens, packs.longest.documents))
+    text, supervised = last.text_tokens + room, last.supervised_tokens + room // 2
+    full = Pack((*others, replace(last, text_tokens=text, supervised_tokens=supervised)))
+    return replace(packs, longest=full, origin=f"{packs.origin}, the fullest to all of it")
+
+
+def filled_lengths(
+    samples: Sequence[Sample], num_tokens: Callable[[Sample], int], packing: Packing
+) -> Lengths:
+    """Return rows that are filled best-fit with records such as these, over and over.
+
+    Args:
+        samples: each of at most `packing.length` tokens.
+        num_tokens: of a sample, images included.
+        packing: how rows are filled.
+    """
+    window = list(islice(cycle(samples), max(packing.window, len(samples))))
+    tokens = [num_tokens(sample) for sample in window]
+    rows = best_fit(tokens, packing.length)
+    filled = [sum(tokens[record] for record in row) for row in rows]
+    pairs = [sum(tokens[record] ** 2 for record in row) for row in rows]
+    mean = sum(filled) / len(rows), sum(pairs) / len(rows)
+
+    def strange(row: int) -> float:
+        """Return how far a row is from the mean in what decides its cost."""
+        return abs(filled[row] / mean[0] - 1) + abs(pairs[row] / mean[1] - 1)
+
+    numbers = range(len(rows))
+    typical, fullest = min(numbers, key=strange), max(numbers, key=lambda row: filled[row])
+    mean_pack, full_pack = (Pack(tuple(window[i] for i in rows[n])) for n in (typical, fullest))
+    share = mean[0] / packing.length
+    origin = f"; best fit fills rows of {packing.length} tokens to {share:.1%}"
+    return Lengths(mean_pack, full_pack, origin, len(window) / len(rows))
+
+
 def _row_of(size: Size, text: int) -> Sample:
     return Sample((size,), text, (text + 1) // 2)
 
@@ -100,7 +161,8 @@ def measured_lengths(
     if stage.chat_template is not None:
         processor.chat_template = load(stage.chat_template)
     dataset = ConversationDataset(stage.data.sources, processor, seed)
-    number, most = min(num_records, len(dataset)), stage.max_length or sys.maxsize
+    limits = [stage.max_length, stage.packing and stage.packing.length]
+    number, most = min(num_records, len(dataset)), min(filter(None, limits), default=sys.maxsize)
     found = [_row(dataset, processor, position) for position in range(number)]
     rows = [row for row in found if row is not None and _length(processor, row) <= most]
     if not rows:
@@ -111,6 +173,11 @@ def measured_lengths(
     if stage.packed:
         heaviest = max(batches, key=lambda batch: sum(_length(processor, row) for row in batch))
     origin = f"mean and longest of {len(rows)} records (--measure N looks at more)"
+    if stage.packing is not None:
+        packs = filled_lengths(rows, lambda row: _length(processor, row), stage.packing)
+        return replace(
+            packs, origin=f"{len(rows)} records (--measure N looks at more){packs.origin}"
+        )
     return Lengths(mean_sample(processor, rows), mean_sample(processor, heaviest), origin)
 
 

@@ -1,5 +1,6 @@
 """What will a recipe's run need? Everything that `vlm plan` tells, as data."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,13 @@ from train.features.plan import Demand, saved_share
 from train.objectives import NextToken
 from train.planning.advice import Advice, advise
 from train.planning.gpus import Gpu, hours
-from train.planning.lengths import Lengths, assumed_lengths, count_records, measured_lengths
+from train.planning.lengths import (
+    Lengths,
+    assumed_lengths,
+    count_records,
+    measured_lengths,
+    pack_assumed,
+)
 from train.planning.memory import GIB, Memory
 from train.planning.settings import (
     DTYPE_BYTES,
@@ -41,7 +48,6 @@ class Options:
         text_tokens: stage -> text tokens of a row; the name "" is for all.
         records: stage -> records of an epoch, likewise.
         measured: how many records to measure where the data is here.
-        attention: of the language model, as transformers calls it.
     """
 
     gpus: int
@@ -53,7 +59,6 @@ class Options:
     text_tokens: Mapping[str, int]
     records: Mapping[str, int]
     measured: int
-    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
@@ -154,12 +159,7 @@ def make_plan(recipe: Recipe, options: Options, only: str | None = None) -> Plan
     planned = [stage for stage in chosen if isinstance(stage.aim, NextToken)]
     if not planned:
         raise UserError("no stage trains a language model, and only such stages can be planned")
-    if filled := [stage.name for stage in planned if stage.packing is not None]:
-        raise UserError(
-            f"stages.{filled[0]}: rows filled to a length cannot be planned yet; plan the records "
-            f"of a micro-batch as one row: --stages.{filled[0]}.packed true"
-        )
-    skeleton = build_skeleton(recipe.model, options.attention)
+    skeleton = build_skeleton(recipe.model)
     stages = [plan_stage(recipe, stage, skeleton, options) for stage in planned]
     return Plan(
         name=recipe.name,
@@ -194,10 +194,11 @@ def plan_stage(
     setup, budget = costs.setup(), options.memory * GIB
     cost, memory = costs.cost(lengths.mean, setup), costs.memory(setup)
     records = option_of(options.records, stage.name) or found
-    steps = settings.steps(records, options.gpus)
+    rows = None if records is None else math.ceil(records / lengths.records)
+    steps = settings.steps(rows, options.gpus)
     epochs = settings.epochs
-    if steps is not None and records is not None:
-        epochs = steps * settings.micro_batch * settings.accumulation * options.gpus / records
+    if steps is not None and rows is not None:
+        epochs = steps * settings.micro_batch * settings.accumulation * options.gpus / rows
     others = all_shardings(settings.engine, options.gpus, costs.hidden_size)
     # A CPU has no host to lean on, and engines cannot cut quantised weights.
     tables = others if options.reserve and recipe.model.quantization is None else []
@@ -245,6 +246,9 @@ def _lengths(
         note = f"; none of the first {number} records can be used, `vlm data check` says why"
     longest = None if stage.packed else stage.max_length
     assumed = assumed_lengths(skeleton.model, options.image_sizes, text, longest)
+    if stage.packing is not None:
+        packs = pack_assumed(skeleton.model, assumed, stage.packing)
+        assumed = replace(packs, origin=assumed.origin + packs.origin)
     return replace(assumed, origin=assumed.origin + note)
 
 
@@ -303,7 +307,7 @@ def _assumptions(
     if not tokenizer_here:
         yield "the tokenizer is not here: the vocabulary is the language model's, without <image>"
     yield (
-        f"attention {options.attention}, rows of a batch equally long; loss on supervised rows in "
+        "attention by fused kernels, rows of a batch equally long; loss on supervised rows in "
         f"chunks of {CHUNK_ELEMENTS:,} logits"
     )
     if options.reserve:

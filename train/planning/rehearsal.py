@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # which declares its operations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -38,9 +39,34 @@ def _attention_backward_flops(
     return 2 * _attention_flops(query, key, value)
 
 
+def _varlen_flops(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, *_: Any, **__: Any
+) -> int:
+    """Return the same for documents that end at `ends`, all in one row (L, heads, D)."""
+    pairs = int(ends.diff().square().sum())
+    return 2 * query.shape[1] * pairs * (query.shape[2] + value.shape[2])
+
+
+def _varlen_backward_flops(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    ends: Tensor,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Return twice the forward pass."""
+    return 2 * _varlen_flops(query, key, value, ends)
+
+
 ATTENTION: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.torch_attn._varlen_attn: _varlen_flops,
+    torch.ops.torch_attn._varlen_attn_backward: _varlen_backward_flops,
 }
 
 
@@ -80,22 +106,26 @@ class Rehearsal(TorchDispatchMode):
         if not any(hollow) and not _too_large(func, tensors):
             out = _run_real(func, args, kwargs)
         else:
+            told = args, kwargs
             if not all(hollow) or "device" in kwargs:
                 args, kwargs = _without_values(func, args, kwargs)
-            out = self._run_hollow(func, args, kwargs)
+            out = self._run_hollow(func, args, kwargs, told)
         if not _is_view(func):
             self._hold(out)
         return out
 
-    def _run_hollow(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return the outputs' shapes; layers repeat, so most are known from the layer before."""
+    def _run_hollow(self, func: Any, args: Any, kwargs: Any, told: tuple[Any, Any]) -> Any:
+        """Return the outputs' shapes; layers repeat, so most are known from the layer before.
+
+        `told` are the arguments with what values they have.
+        """
         if _is_view(func):
             return func(*args, **kwargs)
         key = (func, _key(args), _key(kwargs))
         known = self._shapes.get(key)
         if known is None:
             out = func(*args, **kwargs)
-            known = self._shapes[key] = (_shape_of(out), *_flops(func, args, kwargs, out))
+            known = self._shapes[key] = (_shape_of(out), *_flops(func, *told, out))
         else:
             out = _of_shape(known[0])
         _, flops, attention = known

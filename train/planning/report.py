@@ -106,6 +106,8 @@ def _stage(stage: StagePlan, plan: Plan, options: Options) -> Iterator[str]:
         f"  Rows of {stage.mean_length:,} tokens on average, {stage.longest_length:,} at most; "
         f"{settings.micro_batch} in each micro-batch, {batch:,} a step"
     )
+    if stage.lengths.records > 1:
+        yield f"  {stage.lengths.records:.3g} records share a row"
     yield from _memory(stage, options)
     yield from _advice(stage, options)
     yield f"  TFLOP a row: {tera(cost.flops, cost)}"
@@ -173,7 +175,7 @@ def _advice(stage: StagePlan, options: Options) -> Iterator[str]:
 
 def _time(stage: StagePlan, options: Options) -> Iterator[str]:
     if stage.hours is None:
-        thousand = 1000 * stage.cost.flops / stage.cost.rows
+        thousand = 1000 * stage.cost.flops / stage.cost.rows / stage.lengths.records
         time = hours(thousand, options.gpus, options.gpu.peak, options.mfu)
         yield f"  {duration(time)} for 1,000 records"
         return

@@ -40,12 +40,11 @@ class Skeleton:
     published: dict[str, int]
 
 
-def build_skeleton(recipe: ModelRecipe, attention: str = "sdpa") -> Skeleton:
+def build_skeleton(recipe: ModelRecipe) -> Skeleton:
     """Build a recipe's model on the meta device.
 
     Args:
         recipe: components, or a checkpoint of ours.
-        attention: of the language model, as transformers calls it.
 
     Raises:
         UserError: an architecture is neither in a folder here nor known by name.
@@ -56,19 +55,17 @@ def build_skeleton(recipe: ModelRecipe, attention: str = "sdpa") -> Skeleton:
         config.video = dict(recipe.video)
         if processor is not None:
             processor.image_processor.set_video(recipe.video)
-    model = hollow_model(config, attention)
+    model = hollow_model(config)
     parameters = count_parts(model)
     whole = _whole_encoder(model.model.vision_tower.config, parameters["vision_tower"])
     return Skeleton(model, processor, parameters, {**parameters, "vision_tower": whole})
 
 
-def hollow_model(config: VlmConfig, attention: str) -> VlmForConditionalGeneration:
-    """Return a model on the meta device, with so called attention in its language model."""
+def hollow_model(config: VlmConfig) -> VlmForConditionalGeneration:
+    """Return a model on the meta device."""
     with torch.device("meta"):
         model = VlmForConditionalGeneration(config)
     model.tie_weights()
-    # Here, because building turns `sdpa` into a form for CPUs.
-    model.model.language_model.config._attn_implementation = attention
     return model
 
 

@@ -21,7 +21,7 @@ from train.planning.memory import (
 from train.planning.on_base import put_on_base, state_bytes
 from train.planning.settings import StageSettings, bytes_per_parameter
 from train.planning.skeleton import Skeleton, count_parts, hollow_model, largest_layer
-from train.planning.step import Sample, StepCost, rehearse
+from train.planning.step import Pack, Sample, StepCost, rehearse
 from train.recipe import StageRecipe, with_place
 from vlm.adapters import is_adapter
 from vlm.quantization import Quantization
@@ -53,7 +53,7 @@ class StageCosts:
         dtype: of the recipe's weights.
         quantization: of the recipe's language model.
         gpus: how many.
-        reserve: bytes of a GPU that are taken before anything is stored.
+        reserve: bytes of a GPU that are taken before anything is stored; 0: it is a CPU.
     """
 
     skeleton: Skeleton
@@ -80,9 +80,8 @@ class StageCosts:
         elif quantization in self._models:
             return self._models[quantization]
         else:
-            whole: Any = self.skeleton.model
-            attention = whole.model.language_model.config._attn_implementation
-            model = self._models[quantization] = hollow_model(whole.config, attention)
+            config: Any = self.skeleton.model.config
+            model = self._models[quantization] = hollow_model(config)
             compute_dtype = getattr(torch, self.settings.lower or self.dtype)
             autocast = self.settings.lower is not None
             put_on_base(model, adapter, quantization, compute_dtype, autocast)
@@ -114,8 +113,8 @@ class StageCosts:
             self.quantization,
         )
 
-    def cost(self, sample: Sample, setup: Setup) -> StepCost:
-        """Return the cost of a micro-batch of equal samples."""
+    def cost(self, sample: Sample | Pack, setup: Setup) -> StepCost:
+        """Return the cost of a micro-batch of equal rows."""
         cast = setup.sharding.engine != "ddp"  # weights are cast before; else where they are used
         key = (sample, setup.rows, setup.checkpointing, setup.quantization, cast)
         if key not in self._known:
@@ -127,8 +126,8 @@ class StageCosts:
                 model.activation_checkpointing_disable()
             lower = self.settings.lower
             autocast = getattr(torch, lower) if lower and not cast else None
-            packed = bool(self.stage.packed)  # rows filled to a length are refused before
-            self._known[key] = rehearse(model, sample, setup.rows, packed, autocast)
+            gpu, packed = self.reserve > 0, bool(self.stage.packed)
+            self._known[key] = rehearse(model, sample, setup.rows, packed, autocast, gpu)
         return self._known[key]
 
     def _set_types(self, model: Any, cast: bool) -> None:
@@ -145,7 +144,7 @@ class StageCosts:
         """Return whether what trains is kept in float32, apart from a base."""
         return model is not self.skeleton.model
 
-    def memory(self, setup: Setup, sample: Sample | None = None) -> Memory:
+    def memory(self, setup: Setup, sample: Sample | Pack | None = None) -> Memory:
         """Return a GPU's memory at the longest row, or at `sample`."""
         cost = self.cost(sample or self.lengths.longest, setup)
         states = self._states(setup)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from train.planning.kernels import Autocast, fused_attention
+from train.planning.kernels import Autocast, fused_attention, gpu_kernels
 from train.planning.rehearsal import META, Rehearsal
 from vlm.instructions import IDS, MASK
 from vlm.modeling import VlmForConditionalGeneration
@@ -30,6 +30,13 @@ class Sample:
     image_sizes: tuple[Size, ...]
     text_tokens: int  # all but the images'
     supervised_tokens: int  # of the text
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The records that share one filled row, each a document of its own."""
+
+    documents: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -78,48 +85,64 @@ def plan_views(model: Any, sample: Sample) -> tuple[list[Size], int, int]:
     return [plan.grid for plan in plans], sum(tokens), sum(plan.num_views for plan in plans)
 
 
-def make_batch(model: Any, sample: Sample, rows: int, packed: bool = False) -> dict[str, Any]:
-    """Return a micro-batch of equal samples; pictures have no values.
+def make_batch(
+    model: Any, sample: Sample | Pack, rows: int, packed: bool = False
+) -> dict[str, Any]:
+    """Return a micro-batch of equal rows; pictures have no values.
 
     Args:
         model: on the meta device.
         sample: what every row is.
         rows: B; the last of several is a token shorter: there is padding, as in a real batch.
-        packed: one row with all samples as documents, without padding.
+        packed: one row with all samples as documents, without padding, as packs always are.
     """
-    grids, image_tokens, views = plan_views(model, sample)
-    length = image_tokens + sample.text_tokens
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    ids[:, :image_tokens] = model.config.image_token_id
-    labels = torch.full_like(ids, IGNORE)
-    labels[:, length - sample.supervised_tokens :] = 0
-    batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
-    if packed:
-        labels[:, 0] = IGNORE
-        batch["position_ids"] = torch.arange(length).repeat(rows, 1)
-        batch = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
+    documents = [*(sample.documents if isinstance(sample, Pack) else (sample,))] * rows
+    laid = {document: _lay_out(model, document) for document in dict.fromkeys(documents)}
+    ids, labels = ([laid[document][key] for document in documents] for key in ("ids", "labels"))
+    batch: dict[str, Any] = {}
+    if packed or isinstance(sample, Pack):
+        for of in labels:
+            of[0] = IGNORE
+        positions = [torch.arange(len(of)) for of in ids]
+        columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        batch = {name: torch.cat(parts)[None] for name, parts in columns.items()}
     else:
-        mask = batch["attention_mask"] = torch.ones_like(ids)
+        batch = {"input_ids": torch.stack(ids), "labels": torch.stack(labels)}
+        mask = batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         if rows > 1:
-            mask[-1, -1], labels[-1, -1] = 0, IGNORE
-    if views:
+            mask[-1, -1], batch["labels"][-1, -1] = 0, IGNORE
+    grids = [grid for document in documents for grid in laid[document]["grids"]]
+    if grids:
         size = model.model.vision_tower.image_size
-        heights = [(height, width) for width, height in sample.image_sizes]
-        batch["pixel_values"] = torch.empty(rows * views, 3, size, size, device=META)
-        batch["tile_grids"] = torch.tensor(grids * rows)
-        batch["image_sizes"] = torch.tensor(heights * rows)
+        views = sum(laid[document]["views"] for document in documents)
+        pixels = [pair for document in documents for pair in document.image_sizes]
+        batch["pixel_values"] = torch.empty(views, 3, size, size, device=META)
+        batch["tile_grids"] = torch.tensor(grids)
+        batch["image_sizes"] = torch.tensor([(height, width) for width, height in pixels])
         if "text" in model.model.connector.itself().reads:
-            asked = torch.ones(rows * len(grids), INSTRUCTION_TOKENS, dtype=torch.long)
+            asked = torch.ones(len(grids), INSTRUCTION_TOKENS, dtype=torch.long)
             batch[IDS] = batch[MASK] = asked
     return batch
 
 
+def _lay_out(model: Any, sample: Sample) -> dict[str, Any]:
+    """Return a record's ids (L,) and labels (L,), the grids of its images and its views."""
+    grids, image_tokens, views = plan_views(model, sample)
+    length = image_tokens + sample.text_tokens
+    ids = torch.zeros(length, dtype=torch.long)
+    ids[:image_tokens] = model.config.image_token_id
+    labels = torch.full_like(ids, IGNORE)
+    labels[length - sample.supervised_tokens :] = 0
+    return {"ids": ids, "labels": labels, "grids": grids, "views": views}
+
+
 def rehearse(
     model: VlmForConditionalGeneration,
-    sample: Sample,
+    sample: Sample | Pack,
     rows: int,
     packed: bool = False,
     autocast: torch.dtype | None = None,
+    gpu: bool = False,
 ) -> StepCost:
     """Run one micro-batch of a model on the meta device, as it is frozen, cast and checkpointed.
 
@@ -129,12 +152,15 @@ def rehearse(
         rows: B.
         packed: the rows become documents of one.
         autocast: the lower type of mixed precision; None: everything runs in the weights' type.
+        gpu: whether it takes a GPU's kernels where these hold something else.
     """
     model.train()
     rehearsal = Rehearsal([*model.parameters(), *model.buffers()])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(fused_attention())
+        if gpu:
+            stack.enter_context(gpu_kernels(autocast))
         stack.enter_context(_told_by_modules(model, rehearsal))
         hooks = [p.register_post_accumulate_grad_hook(rehearsal.take_gradient) for p in trained]
         stack.callback(lambda: [hook.remove() for hook in hooks])

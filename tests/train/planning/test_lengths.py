@@ -2,9 +2,16 @@
 
 import pytest
 
-from train.planning.lengths import assumed_lengths, count_records, measured_lengths
+from train.packing import Packing
+from train.planning.lengths import (
+    assumed_lengths,
+    count_records,
+    filled_lengths,
+    measured_lengths,
+    pack_assumed,
+)
 from train.planning.skeleton import build_skeleton
-from train.planning.step import Sample
+from train.planning.step import Pack, Sample
 from train.recipe import parse_recipe
 from vlm.errors import UserError
 
@@ -67,6 +74,31 @@ def test_measured_on_the_records(measure):
 def test_packed_rows_share_a_micro_batch(measure):
     longest, heaviest = measure().longest, measure(packed=True).longest
     assert heaviest.text_tokens < longest.text_tokens
+
+
+def test_filled_rows_of_measured_records(measure):
+    lengths = measure(packed={"length": 200, "window": 40})
+    assert isinstance(lengths.mean, Pack) and isinstance(lengths.longest, Pack)
+    assert lengths.records > 2 and lengths.records == pytest.approx(
+        len(lengths.mean.documents), abs=1.5
+    )
+    assert "24 records (--measure N looks at more); best fit fills rows of 200" in lengths.origin
+    shorter = measure(packed={"length": 100, "window": 40})
+    assert shorter.records < lengths.records
+
+
+def test_filled_rows_of_assumed_records():
+    samples = [Sample((), 60, 1), Sample((), 40, 1)]
+    lengths = filled_lengths(samples, lambda sample: sample.text_tokens, Packing(length=100))
+    assert lengths.longest == Pack(tuple(samples)) == lengths.mean
+    assert (lengths.records, lengths.origin[-9:]) == (2, "to 100.0%")
+
+
+def test_an_assumed_record_longer_than_a_row_is_told(both):
+    _, model = both()
+    assumed = assumed_lengths(model, SIZES, 10, None)
+    with pytest.raises(UserError, match=r"takes 26 tokens, more than packed\.length 25"):
+        pack_assumed(model, assumed, Packing(length=25))
 
 
 def test_records_that_cannot_be_used_are_left_out(measure, tmp_path):

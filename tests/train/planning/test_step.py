@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train.freeze import freeze
 from train.planning import rehearsal
 from train.planning.rehearsal import Rehearsal
-from train.planning.step import Sample, make_batch, plan_views, rehearse
+from train.planning.step import Pack, Sample, make_batch, plan_views, rehearse
 
 SAMPLE = Sample(((48, 40),), 20, 9)
 ALL = ("vision_tower", "connector", "language_model")
@@ -32,6 +32,7 @@ INSIDE: dict[str, list[dict]] = {  # the language model
     ],
     "deepstack": [{"type": "pixel_shuffle"}, {"type": "deepstack", "factor": 2}],
 }
+LOWER = (None, torch.bfloat16)
 # Forward, 3 rows of 36 tokens: 2 layers, 2 products of 36 x 36 x 32 each.
 LLAMA_ATTENTION = 2 * 2 * 2 * 3 * 36 * 36 * 32
 
@@ -172,8 +173,27 @@ def test_packed_rows_attend_within_themselves(both):
     assert rehearse(hollow, SAMPLE, 4, packed=True).length == 36
     packed, padded = rehearse(hollow, SAMPLE, 4, packed=True), rehearse(hollow, SAMPLE, 4)
     assert packed.attention == padded.attention
-    hollow.model.language_model.config._attn_implementation = "sdpa"  # as on a GPU: one mask
-    assert rehearse(hollow, SAMPLE, 4, packed=True).attention > 2 * packed.attention
+
+
+def test_a_gpu_takes_documents_of_all_lengths_in_one_call(both):
+    documents = (SAMPLE, Sample((), 8, 3), Sample(((48, 40), (32, 32)), 9, 2))
+    _, hollow = both(kind="llama", hidden_size=64)
+    prepare(hollow.to(torch.bfloat16), ALL)
+    each, at_once = (rehearse(hollow, Pack(documents), 2, gpu=gpu) for gpu in (False, True))
+    assert at_once.length == each.length == 36 + 8 + 41
+    assert (at_once.views, at_once.rows) == (2 * 3, 2)
+    assert at_once.flops == each.flops and at_once.attention == each.attention
+    assert at_once.activations != each.activations
+    mixed = [rehearse(hollow.float(), Pack(documents), 2, autocast=t, gpu=True) for t in LOWER]
+    assert mixed[0].attention == mixed[1].attention == each.attention
+
+
+def test_a_gpus_dropout_keeps_bytes(both):
+    sizes = []
+    for gpu in (False, True):
+        _, hollow = both(kind="gpt2", attn_pdrop=0.0, resid_pdrop=0.1)
+        sizes.append(rehearse(prepare(hollow, ALL), SAMPLE, 3, gpu=gpu).activations)
+    assert sizes[1] < sizes[0]
 
 
 def test_lower_types_halve_activations(both):
