@@ -41,8 +41,18 @@ class StageManifest(TrainerCallback):
         stage: StageRecipe,
         device: torch.device,
         features: Mapping[str, Any] | None = None,
+        previous: Path | None = None,
     ) -> None:
-        """Write the manifest of a stage that starts or goes on; `features`: what was decided."""
+        """Write the manifest of a stage that starts or goes on.
+
+        Args:
+            folder: the stage's.
+            recipe: of the run.
+            stage: that starts.
+            device: that it trains on.
+            features: what was decided of a frozen encoder's.
+            previous: folder of the stage before.
+        """
         self.folder = folder
         self.start = time.perf_counter()
         before = read_manifest(folder)
@@ -58,6 +68,7 @@ class StageManifest(TrainerCallback):
             "adapter": asdict(stage)["adapter"],
             "quantization": recipe.model.quantization,
             "feature_cache": features,
+            "previous": hash_manifest(previous),
             "data": hash_sources(stage.data.sources) if is_main_process() else {},
             **environment(device),
         }
@@ -97,6 +108,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+
+
+def hash_manifest(folder: Path | None) -> str | None:
+    """Return what tells one training of a stage from another, None where there is no stage."""
+    return None if folder is None else hash_tree(read_manifest(folder))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

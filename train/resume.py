@@ -4,21 +4,24 @@ from pathlib import Path
 
 from train.checkpoints import RECIPE
 from train.folders import FREE_SETTINGS, stage_tree
-from train.manifest import hash_sources, read_manifest
+from train.manifest import hash_manifest, hash_sources, read_manifest
 from train.recipe import Recipe, StageRecipe
 from vlm.done import first_difference
 from vlm.errors import UserError
 from vlm.yaml_values import read_file
 
 
-def check_resume(recipe: Recipe, stage: StageRecipe, folder: Path, checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of another model or stage, or with data that has changed.
+def check_resume(
+    recipe: Recipe, stage: StageRecipe, folder: Path, checkpoint: Path, previous: Path | None
+) -> None:
+    """Refuse to go on from what is not this stage's own, or where what it rests on has changed.
 
     Args:
         recipe: of the run.
         stage: that goes on.
         folder: the stage's.
         checkpoint: its newest.
+        previous: folder of the stage before.
 
     Raises:
         UserError: the sentence says what differs.
@@ -36,7 +39,13 @@ def check_resume(recipe: Recipe, stage: StageRecipe, folder: Path, checkpoint: P
             f"{checkpoint} was written by another run, with {path} = {before!r}, but here it is "
             f"{now!r}: take it out of {checkpoint.parent}, or choose another --output_dir"
         )
-    before = read_manifest(folder).get("data", {})
+    manifest = read_manifest(folder)
+    if manifest.get("previous", hash_manifest(previous)) != hash_manifest(previous):
+        raise UserError(
+            f"stage {stage.name!r} began from another training of {previous} than stands there "
+            f"now: delete {folder} to begin it anew, or choose another --output_dir"
+        )
+    before = manifest.get("data", {})
     for name, data in hash_sources(stage.data.sources).items():
         if name in before and before[name] != data:
             raise UserError(

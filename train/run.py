@@ -75,7 +75,7 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     forget_engine()
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is not None and is_main_process():
-        check_resume(recipe, stage, folder, checkpoint)
+        check_resume(recipe, stage, folder, checkpoint, previous)
     seed_everything(recipe.seed)
     parts = stage_parts(recipe, stage, previous, checkpoint)
     groups = freeze_stage(recipe, stage, parts.model)
@@ -97,7 +97,7 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
         say(describe_base(parts.model))
     before = features_before(folder, checkpoint)
     found = prepare_features(recipe, stage, parts, arguments, before)
-    manifest = StageManifest(folder, recipe, stage, arguments.device, found.note)
+    manifest = StageManifest(folder, recipe, stage, arguments.device, found.note, previous)
     parts = with_features(parts, stage, found.store)
     trainer = make_trainer(stage, folder, parts, groups, arguments, manifest, recipe.seed)
     weights = "trained" if stage.ema is None else stage.ema.use

@@ -9,9 +9,13 @@ import pytest
 import yaml
 
 from train.checkpoints import is_full_disk, seal
-from train.folders import output_of
+from train.folders import output_of, stage_tree
+from train.manifest import hash_manifest
 from train.recipe import parse_recipe
+from train.resume import check_resume
 from vlm.cli import main
+from vlm.errors import UserError
+from vlm.yaml_values import to_text
 
 FORK = multiprocessing.get_context("fork")
 
@@ -89,6 +93,23 @@ def test_what_a_stage_does_not_go_on_from(cut, data_file, capsys):
     seal(written.parent)
     assert main(["train", recipe, "--stages.align.training.logging_steps", "2"]) == 0
     assert "going on from" in capsys.readouterr().out
+
+
+def test_a_stage_before_that_was_trained_anew(tree, tmp_path):
+    recipe = parse_recipe(tree, "test")
+    folder, previous = tmp_path / "run" / "instruct", tmp_path / "run" / "align"
+    checkpoint = folder / "checkpoints" / "checkpoint-1"
+    for each in (previous, checkpoint):
+        each.mkdir(parents=True)
+    (checkpoint / "recipe.yaml").write_text(to_text(stage_tree(recipe, recipe.stages[1])))
+    (previous / "manifest.json").write_text(json.dumps({"status": "done", "seconds": 3.1}))
+    manifest = {"previous": hash_manifest(previous)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    given = (recipe, recipe.stages[1], folder, checkpoint, previous)
+    check_resume(*given)
+    (previous / "manifest.json").write_text(json.dumps({"status": "done", "seconds": 3.2}))
+    with pytest.raises(UserError, match="stage 'instruct' began from another training of"):
+        check_resume(*given)
 
 
 # What torch 2.13 and safetensors 0.8 raised on a full tmpfs.
