@@ -15,8 +15,12 @@ from torch import Tensor
 
 
 def uniform_grid(low: float, high: float, intervals: int) -> Tensor:
-    """Return the grid points (G + 1,) from `low` to `high`."""
-    return torch.linspace(low, high, intervals + 1)
+    """Return the grid points (G + 1,) from `low` to `high`, on the default device."""
+    # Named, because a `with torch.device(...)` misses `linspace` in a process whose first tensor
+    # under one was made by transformers' from_pretrained: it puts a function of its own in the
+    # place of `torch.linspace`, and torch remembers for good which functions make tensors.
+    device = torch.get_default_device()
+    return torch.linspace(low, high, intervals + 1, device=device)
 
 
 def add_outer_knots(grid: Tensor, order: int) -> Tensor:

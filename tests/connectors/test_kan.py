@@ -6,11 +6,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import silu
+from torch.utils import _device
+from transformers.initialization import meta_device_safe_creation_ops
 
 from connectors import build_connector, kan
 from connectors.checkpoint_keys import from_published, to_published
 from connectors.errors import UserError
-from connectors.spline import add_outer_knots, interpolate_grid, refit, sample_grid, spline_basis
+from connectors.spline import (
+    add_outer_knots,
+    interpolate_grid,
+    refit,
+    sample_grid,
+    spline_basis,
+    uniform_grid,
+)
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 VALUES, GRADIENTS = {"rtol": 0, "atol": 2e-5}, {"rtol": 0, "atol": 1e-4}
@@ -202,3 +211,16 @@ def test_extensions_that_cannot_be_are_named():
         connector.extended(5)
     with pytest.raises(UserError, match="4 features cannot fix curves of 13 coefficients"):
         connector.extended(10, [torch.randn(1, 2, 2, 4)])
+
+
+def test_stands_on_the_meta_device_whatever_transformers_loaded_before():
+    remembered = _device._device_constructors
+    remembered.cache_clear()
+    try:
+        with torch.device("meta"), meta_device_safe_creation_ops():
+            torch.empty(1)  # as from_pretrained, first in a process
+        with torch.device("meta"):
+            assert uniform_grid(0.0, 1.0, 3).is_meta
+    finally:
+        remembered.cache_clear()
+    assert uniform_grid(0.0, 1.0, 3).device.type == "cpu"
