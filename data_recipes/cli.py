@@ -1,6 +1,7 @@
 """Build, check and look at data.
 
-vlm data build scenes --help          make a data set
+vlm data build scenes --help          make a data set of pictures
+vlm data build moving-scenes --help   make one of short clips
 vlm data check FILE_OR_MIX            read every record, count the faults
 vlm data stats FILE_OR_MIX_OR_RECIPE  lengths in tokens, pictures, shares: a table and a picture
 vlm data regroup PARQUET OUT          write a parquet file with smaller row groups
@@ -13,6 +14,11 @@ import importlib
 # words -> (module, names of its two functions); imported when chosen, like every command
 ACTIONS: dict[str, tuple[str, str, str]] = {
     "build scenes": ("data_recipes.scenes.cli", "add_build_arguments", "run_build"),
+    "build moving-scenes": (
+        "data_recipes.scenes.cli",
+        "add_moving_arguments",
+        "run_moving",
+    ),
     "check": ("data_recipes.check", "add_arguments", "run"),
     "regroup": ("data_recipes.regroup", "add_arguments", "run"),
     "stats": ("train.data_stats", "add_arguments", "run"),  # by name: it may need a recipe

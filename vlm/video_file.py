@@ -171,7 +171,7 @@ def open_video(
         UserError: PyAV is not installed, the file is empty or a folder, holds no moving pictures,
             or its header says that they are more than the limits allow.
     """
-    av = _pyav()
+    av = pyav()
     if Path(path).is_dir():
         raise UserError(f"video {path} is a folder; give one file")
     with Path(path).open("rb") as file:
@@ -198,7 +198,7 @@ def open_video(
             yield container, stream
 
 
-def _pyav() -> Any:
+def pyav() -> Any:
     """Return the library that decodes; it is in an extra.
 
     Raises:
@@ -221,7 +221,7 @@ def told(path: str | Path) -> Iterator[None]:
     Raises:
         UserError: the file is missing, unreadable or damaged.
     """
-    av = _pyav()
+    av = pyav()
     try:
         yield
     except UserError:

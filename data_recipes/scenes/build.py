@@ -145,7 +145,7 @@ def _mapping(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
 def _train_shard(job: tuple[Path, BuildSettings, int, int]) -> tuple[list[str], list[str], int]:
     folder, settings, start, num = job
     rng = np.random.default_rng([settings.seed, TRAIN_STREAM, start, 1])
-    seed = _stream_seed(settings.seed, TRAIN_STREAM, start)
+    seed = stream_seed(settings.seed, TRAIN_STREAM, start)
     captions, dialogues, asked = [], [], 0
     examples = training_examples(num, settings.size, seed, closer_calls(settings.difficulty))
     for number, example in enumerate(examples, start):
@@ -153,7 +153,7 @@ def _train_shard(job: tuple[Path, BuildSettings, int, int]) -> tuple[list[str], 
         (folder / name).write_bytes(_png(example))
         captions += _captions(number, name, example, rng)
         turns = [_turn(q, rng.random() < settings.direct_share) for q in example.questions]
-        dialogues.append(_conversation(f"scene-{number:06d}", name, turns))
+        dialogues.append(conversation(f"scene-{number:06d}", turns, image=name))
         asked += len(turns)
     return captions, dialogues, asked
 
@@ -171,11 +171,15 @@ def _captions(number: int, image: str, example: Example, rng: np.random.Generato
     """Return one record that describes the whole picture, and one that describes named objects."""
     identity, scenes, row = f"scene-{number:06d}", example.scenes, example.row
     lines = [
-        _conversation(f"{identity}-all", image, [(ask.CAPTION_PROMPT, ask.caption(scenes, row))])
+        conversation(
+            f"{identity}-all",
+            [(ask.CAPTION_PROMPT, ask.caption(scenes, row))],
+            image=image,
+        )
     ]
     referring = ask.referring(scenes, row, rng)
     if referring is not None:
-        lines.append(_conversation(f"{identity}-named", image, [referring]))
+        lines.append(conversation(f"{identity}-named", [referring], image=image))
     return lines
 
 
@@ -185,14 +189,20 @@ def _turn(question: ask.Question, direct: bool) -> tuple[str, str]:
     return question.prompt, question.reply
 
 
-def _conversation(identity: str, image: str, turns: list[tuple[str, str]]) -> str:
-    """Return one LLaVA record as a line of JSON; the image stands before the first turn."""
+def conversation(identity: str, turns: list[tuple[str, str]], **shown: str) -> str:
+    """Return one LLaVA record as a line of JSON; the image or video stands before the first turn.
+
+    Args:
+        identity: the record's id.
+        turns: questions and answers.
+        **shown: `image` or `video`: a path.
+    """
+    (kind,) = shown
     messages = []
     for i, (human, gpt) in enumerate(turns):
-        messages.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + human})
+        messages.append({"from": "human", "value": (f"<{kind}>\n" if i == 0 else "") + human})
         messages.append({"from": "gpt", "value": gpt})
-    record = {"id": identity, "image": image, "conversations": messages}
-    return json.dumps(record) + "\n"
+    return json.dumps({"id": identity, **shown, "conversations": messages}) + "\n"
 
 
 def _write_benchmark(
@@ -200,7 +210,7 @@ def _write_benchmark(
 ) -> dict[str, int]:
     rows, counts = [], {}
     for task, (num, stream) in tasks.items():
-        seed = _stream_seed(settings.seed, stream, 0)
+        seed = stream_seed(settings.seed, stream, 0)
         examples = benchmark_examples(task, num, settings.size, seed, settings.difficulty)
         before = len(rows)
         rows += [
@@ -256,6 +266,6 @@ def _png(example: Example) -> bytes:
     return buffer.getvalue()
 
 
-def _stream_seed(seed: int, stream: int, start: int) -> int:
+def stream_seed(seed: int, stream: int, start: int) -> int:
     """Return a seed of its own for every (seed, stream, start)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{start}".encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Which options does `vlm data build scenes` take?"""
+"""Which options do `vlm data build scenes` and `vlm data build moving-scenes` take?"""
 
 import argparse
 from dataclasses import fields
@@ -53,4 +53,30 @@ def run_build(args: argparse.Namespace) -> int:
         f"{args.out}: {counts['train']} training scenes, {counts['train_questions']} questions, "
         f"test {sum(counts['test'].values())}, control {sum(counts['control'].values())}"
     )
+    return 0
+
+
+def add_moving_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of moving scenes."""
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--train", type=int, default=2400, help="clips to train on (%(default)s)")
+    parser.add_argument(
+        "--test-per-task", type=int, default=240, help="questions per task (%(default)s)"
+    )
+    parser.add_argument("--size", type=int, default=64, help="side of the frames in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes; do not change the files")
+
+
+def run_moving(args: argparse.Namespace) -> int:
+    """Build moving scenes and say what was written."""
+    from data_recipes.scenes.moving_build import MovingSettings, build_moving
+
+    settings = MovingSettings(
+        train=args.train, test_per_task=args.test_per_task, size=args.size, seed=args.seed
+    )
+    if args.workers < 1:
+        raise UserError(f"--workers must be 1 or more, not {args.workers}")
+    counts = build_moving(args.out, settings, args.workers)["counts"]
+    print(f"{args.out}: {counts['train']} training clips, test {sum(counts['test'].values())}")
     return 0
