@@ -7,6 +7,7 @@ wrote, with "direct" right after the prompt.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from vlm.option_scores import (
     score_plainly,
     score_with_cache,
 )
+from vlm.video import sample_video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,20 @@ class ModelAnswerer:
         }
 
     def encode(
-        self, messages: list[dict[str, Any]], images: list[Image.Image], choices: tuple[str, ...]
+        self,
+        messages: list[dict[str, Any]],
+        media: list[Image.Image | Path],
+        choices: tuple[str, ...],
     ) -> Question:
-        """Return one question ready for batching."""
-        encoded = self.processor.encode(messages, images, add_generation_prompt=True)
+        """Return one question ready for batching; of videos, frames as the model looks at them."""
+        processor = self.processor.image_processor
+        options = {**processor.video_config.sampling(), "target_size": processor.view_size}
+        encoded = self.processor.encode(
+            messages,
+            [each for each in media if not isinstance(each, Path)],
+            videos=[sample_video(each, **options) for each in media if isinstance(each, Path)],
+            add_generation_prompt=True,
+        )
         return Question(encoded=encoded, choices=choices)
 
     @torch.inference_mode()

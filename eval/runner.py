@@ -9,6 +9,7 @@ some questions again, and keeps their first answers.)
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
@@ -28,7 +29,10 @@ class Answerer(Interface):
     """Whatever answers questions; the model's is `eval.answering.ModelAnswerer`."""
 
     def encode(
-        self, messages: list[dict[str, Any]], images: list[Image.Image], choices: tuple[str, ...]
+        self,
+        messages: list[dict[str, Any]],
+        media: list[Image.Image | Path],
+        choices: tuple[str, ...],
     ) -> Question:
         """Return a question ready for batching."""
         ...
@@ -108,8 +112,8 @@ def _batches(
             example = task.get_example(index)
             blind = view == BLIND
             messages = task.prompt(example, plan.protocol, blind=blind)
-            images = [] if blind else task.images(index)
-            encoded.append((example, answerer.encode(messages, images, example.choices)))
+            media = [] if blind else task.media(index)
+            encoded.append((example, answerer.encode(messages, media, example.choices)))
         encoded.sort(key=lambda pair: (pair[1].length, pair[0].index))
         for first in range(0, len(encoded), plan.batch_size):
             batch = encoded[first : first + plan.batch_size]

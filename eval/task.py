@@ -86,6 +86,13 @@ class Task(ABC):
             UserError: a picture cannot be decoded; the message names file and row.
         """
 
+    def media(self, index: int) -> list[Image.Image | Path]:
+        """Return what is shown with a question: pictures, or videos as paths of their files.
+
+        Which frames of a video are looked at is the model's affair; `images` may then be a strip.
+        """
+        return list(self.images(index))
+
     @abstractmethod
     def label(self, indices: Sequence[int]) -> str:
         """Return what these questions may be called: the benchmark's name, or why not."""

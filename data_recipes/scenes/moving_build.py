@@ -6,8 +6,9 @@
     OUT/manifest.json                          settings and counts; written last
 
 A training record asks about what moves and about what appears, once each: two questions about the
-same thing would answer each other. Every option of a task is right equally often, and so is every letter. The control says what one
-frame tells: whoever answers it better than by chance has found a leak.
+same thing would answer each other. In the benchmark every option of a task is right equally often,
+and so is every letter. The control says what one frame tells: whoever answers it better than by
+chance has found a leak.
 """
 
 import multiprocessing

@@ -2,5 +2,6 @@
 
 from eval.task import Task
 from eval.tasks.cv_bench import CvBench
+from eval.tasks.video_choice import VideoChoice
 
-TASKS: dict[str, type[Task]] = {CvBench.name: CvBench}
+TASKS: dict[str, type[Task]] = {CvBench.name: CvBench, VideoChoice.name: VideoChoice}

@@ -39,6 +39,7 @@ class CvBench(Task):
     name: ClassVar[str] = "cv_bench"
     summary: ClassVar[str] = "CV-Bench 2D and 3D, or any parquet in its schema"
     breakdowns: ClassVar[tuple[str, ...]] = ("task", "source")
+    shown: ClassVar[str] = "image"  # the column of what a question is about
 
     def __init__(self, tables: Sequence[ParquetRows], files: Sequence[DataFile]) -> None:
         self.files = tuple(files)
@@ -56,7 +57,7 @@ class CvBench(Task):
                 "cv_bench needs its questions: --data test_2d.parquet test_3d.parquet "
                 "(from nyu-visionx/CV-Bench), or a parquet built in the same schema"
             )
-        tables = [ParquetRows(path, light=COLUMNS, heavy="image") for path in paths]
+        tables = [ParquetRows(path, light=COLUMNS, heavy=cls.shown) for path in paths]
         files = [
             DataFile(path=str(table.path), rows=len(table.rows), sha256=_sha256(table.path))
             for table in tables
@@ -74,11 +75,14 @@ class CvBench(Task):
         """Return one question."""
         return self._examples[index]
 
+    def stored(self, index: int) -> tuple[Any, str, ParquetRows]:
+        """Return what the column `shown` holds of a question, what errors call it, and its file."""
+        table, row = self._place[index]
+        return table.heavy(row), f"{table.path}, row {row}", table
+
     def images(self, index: int) -> list[Image.Image]:
         """Return the question's one picture."""
-        table, row = self._place[index]
-        stored = table.heavy(row)
-        where = f"{table.path}, row {row}"
+        stored, where, table = self.stored(index)
         if not isinstance(stored, dict) or not (stored.get("bytes") or stored.get("path")):
             raise UserError(f"{where}: no picture; the image column needs {{bytes, path}}")
         source = stored["bytes"] or table.path.parent / stored["path"]

@@ -1,0 +1,111 @@
+"""Are moving scenes what their questions say, balanced, and silent in their first frame?"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_recipes.records import to_messages
+from data_recipes.scenes import moving_questions as ask
+from data_recipes.scenes.moving import (
+    DIRECTIONS,
+    NUM_FRAMES,
+    STEPS,
+    TRAVEL,
+    render_clips,
+    sample_moving,
+)
+from data_recipes.scenes.moving_build import (
+    MovingSettings,
+    _test_shard,
+    _train_shard,
+    benchmark,
+)
+from vlm.video import sample_video
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return sample_moving(rng, np.arange(80) % 4, np.arange(80) // 4 % 4)
+
+
+def test_the_mover_moves_and_others_come(batch):
+    first, last = batch.at(0), batch.at(NUM_FRAMES - 1)
+    moved = np.stack([last.x - first.x, last.y - first.y], axis=-1)
+    np.testing.assert_allclose(moved[:, 0], TRAVEL * STEPS[batch.direction])
+    assert not moved[:, 1:].any()
+    assert (last.exists.sum(1) - first.exists.sum(1) == np.arange(80) // 4 % 4).all()
+    for row in range(len(batch)):
+        names = [ask.name(batch, row, k) for k in np.flatnonzero(last.exists[row])]
+        assert len(set(names)) == len(names)
+        times = [batch.appears[row, k] for k in batch.slots(row, appearing=True)]
+        assert times == sorted(set(times)) and all(0 < time < NUM_FRAMES for time in times)
+
+
+def test_the_first_frame_says_nothing(batch):
+    """The mover has room on all four sides, and nobody stands there, now or later."""
+    scenes = batch.scenes
+    for row in range(len(batch)):
+        x, y, reach = scenes.x[row], scenes.y[row], scenes.radius[row, 0]
+        ends = np.array([x[0], y[0]]) + TRAVEL * STEPS
+        assert (ends > 0).all() and (ends < 1).all()
+        others = np.flatnonzero(scenes.exists[row])[1:]
+        gap = np.minimum(abs(x[others] - x[0]), abs(y[others] - y[0]))
+        assert (gap > 0.8 * reach).all()
+
+
+def test_pictures_show_what_is_told(batch):
+    clips = render_clips(batch, 32, seed=1, noise=0.02)
+    assert clips.shape == (80, NUM_FRAMES, 32, 32, 3)
+    for row in range(8):
+        seen = [(clips[row, t] != clips[row, t - 1]).any() for t in range(1, NUM_FRAMES)]
+        assert all(seen)  # something moves
+        slots = batch.slots(row, appearing=True)
+        for k in slots:
+            at = (int(batch.scenes.y[row, k] * 32), int(batch.scenes.x[row, k] * 32))
+            time = batch.appears[row, k]
+            before, after = (clips[row, t][at].astype(int) for t in (time - 1, time))
+            assert abs(after - before).max() > 20
+
+
+@pytest.mark.parametrize("task", ask.TASKS)
+def test_truths_and_letters_are_balanced(task):
+    choices = ask.NUM_CHOICES[task]
+    found = Counter()
+    for _, clips, questions in benchmark(task, 3 * choices**2, seed=0):
+        for row, question in enumerate(questions):
+            truth = question.choices[question.answer]
+            assert len(set(question.choices)) == choices
+            if task == "Direction":
+                assert truth == DIRECTIONS[clips.direction[row]]
+            if task == "Appear":
+                assert int(truth) == len(clips.slots(row, appearing=True))
+            if task == "Mover":
+                assert truth == ask.name(clips, row, 0)
+            if task == "First":
+                assert truth == ask.name(clips, row, clips.slots(row, appearing=True)[0])
+            assert question.reply.endswith(f"so {truth} {question.letter}")
+            found[truth if task in ("Direction", "Appear") else None, question.letter] += 1
+    assert len(set(found.values())) == 1
+    assert len(found) == choices**2 if task in ("Direction", "Appear") else choices
+
+
+def test_files(tmp_path):
+    for folder in ("train/videos", "test", "control"):
+        (tmp_path / folder).mkdir(parents=True)
+    settings = MovingSettings(train=3, test_per_task=4, size=32)
+    lines = _train_shard((tmp_path, settings, 0))
+    assert len(lines) == 6 and lines == _train_shard((tmp_path, settings, 0))
+    import json
+
+    for line in lines:
+        record = to_messages(json.loads(line), "f:1")
+        clip = sample_video(tmp_path / "train" / record.videos[0])
+        assert (len(clip.frames), clip.frames[0].size, clip.duration) == (NUM_FRAMES, (32, 32), 2)
+    rows = _test_shard((tmp_path, settings, "First"))
+    assert [row["answer"] for row in rows] == ["(A)", "(B)", "(A)", "(B)"]
+    moving = sample_video(tmp_path / "test" / rows[0]["video"]).frames
+    frozen = sample_video(tmp_path / "control" / rows[0]["video"]).frames
+    drift = [np.abs(np.subtract(f, moving[0], dtype=int)).max() for f in (*frozen, moving[-1])]
+    assert max(drift[:-1]) < 30 < drift[-1]  # MP4 is not quite lossless
