@@ -1,4 +1,5 @@
-// What gradio's page lacks: alternative texts of pictures in the conversation, Esc to stop a reply.
+// What gradio's page lacks: alternative texts of pictures in the conversation, a name of the settings'
+// button, Esc to stop a reply.
 () => {
   const chinese = navigator.language.toLowerCase().startsWith("zh");
   document.documentElement.lang = chinese ? "zh" : "en";
@@ -8,6 +9,11 @@
       const wanted = `${word} ${number + 1}`;
       if (image.alt !== wanted) image.alt = wanted;
     });
+    const toggle = document.querySelector("#settings .toggle-button");
+    if (toggle && !toggle.title) {
+      toggle.title = chinese ? "设置" : "Settings";
+      toggle.setAttribute("aria-label", toggle.title);
+    }
   };
   new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
   document.addEventListener("keydown", (event) => {

@@ -9,10 +9,12 @@ import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
+from demo.camera import mount_camera
 from demo.handlers import Handlers, stop
 from demo.labels import Labels
-from demo.page_parts import AT_ONCE, Page
+from demo.page_parts import ALWAYS, AT_ONCE, Page
 from demo.sample_questions import cards
+from demo.saving import mount_saving
 from demo.seeing.panel import mount_seeing
 from demo.talk import Served
 from demo.told import language
@@ -38,15 +40,21 @@ def build_page(served: Served) -> gr.Blocks:
         with gr.Row(elem_id="main"):
             with gr.Column(scale=3, elem_id="talk"):
                 chatbot = _chatbot(labels)
+                with gr.Column(scale=0, elem_id="above-box") as above_box:
+                    pass
                 box = _question_box(labels)
             with gr.Column(scale=2, elem_id="beside", visible=False) as beside:
                 pass
         system, settings = _settings(labels)
-        page = Page(served, labels, talk, chatbot, box, system, settings, bar, beside)
-        mount_seeing(page, _wire(page, new_chat))
-        blocks.load(labels.in_language, None, labels.components, **AT_ONCE)
+        page = Page(served, labels, talk, chatbot, box, system, settings, bar, above_box, beside)
+        handlers = Handlers(served)
+        answers = _wire(page, handlers, new_chat)
+        mount_saving(page, handlers)
+        mount_camera(page)
+        mount_seeing(page, answers)
+        blocks.load(labels.in_language, None, labels.components, **ALWAYS)
         blocks.unload(leave)
-        blocks.load(_cards_in_language, None, chatbot, **AT_ONCE)
+        blocks.load(_cards_in_language, None, chatbot, **ALWAYS)
     return blocks
 
 
@@ -104,9 +112,8 @@ def _settings(labels: Labels) -> tuple[gr.Textbox, list[Component]]:
     return system, settings
 
 
-def _wire(page: Page, new_chat: gr.Button) -> list[Dependency]:
+def _wire(page: Page, handlers: Handlers, new_chat: gr.Button) -> list[Dependency]:
     """Connect the parts with their handlers; return the events that give answers."""
-    handlers = Handlers(page.served)
     talk, chatbot, box = page.talk, page.chatbot, page.box
     asked = [talk, chatbot, box]
     posts = [
@@ -127,9 +134,9 @@ def _wire(page: Page, new_chat: gr.Button) -> list[Dependency]:
             show_progress_on=[chatbot],
             api_visibility="private",
         )
-        answered.failure(handlers.take_back, talk, [chatbot, box], **AT_ONCE)
+        answered.failure(handlers.take_back, talk, [chatbot, box], **ALWAYS)
         given.append(answered)
-    box.stop(stop, talk, None, **AT_ONCE)
+    box.stop(stop, talk, None, **ALWAYS)
     for event in (new_chat.click, chatbot.clear):
-        event(handlers.new_chat, talk, asked, **AT_ONCE)
+        event(handlers.new_chat, talk, asked, **ALWAYS)
     return given

@@ -9,8 +9,11 @@ from gradio.components import Component
 from demo.labels import Labels
 from demo.talk import Served
 
-# Of events that do not wait for the model.
-AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# Of events that do not wait for the model. They go through the queue all the same: only there does
+# gradio show their errors.
+AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Of events that must come through when the queue is full, and cannot fail.
+ALWAYS: dict[str, Any] = AT_ONCE | {"queue": False}
 
 
 @dataclass(frozen=True)
@@ -25,4 +28,5 @@ class Page:
     system: gr.Textbox
     settings: list[Component]  # temperature, top-p, longest reply, beams
     bar: gr.Row  # buttons that open panels are mounted in here
+    above_box: gr.Column  # such as the camera's picture
     beside: gr.Column  # panels are mounted in here, and make it visible

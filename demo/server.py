@@ -16,7 +16,7 @@ from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
 
 if TYPE_CHECKING:
-    from gradio.themes import Soft
+    from gradio.themes import Base
 
 # Read by gradio when it is imported, or when blocks are built.
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
@@ -104,7 +104,7 @@ def _check_free(host: str, port: int) -> None:
             raise UserError(f"--host {host} --port {port} cannot be used: {error}") from error
 
 
-def _theme() -> "Soft":
+def _theme() -> "Base":
     """Return colours and fonts; the fonts are the machine's own."""
     from gradio.themes import Soft
 
@@ -116,4 +116,10 @@ def _theme() -> "Soft":
         radius_size="lg",
         font=sans,
         font_mono=("ui-monospace", "monospace"),
+    ).set(
+        block_title_background_fill="none",
+        block_title_background_fill_dark="none",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_title_padding="0",
     )

@@ -1,5 +1,6 @@
 """Which page do the tests look at, and with which browser? One of each for all of them."""
 
+import json
 import os
 import shutil
 import socket
@@ -65,6 +66,21 @@ class Demo:
         events = httpx.get(f"{self.url}config").json()["dependencies"]
         return next(event["id"] for event in events if event["api_name"] == handler)
 
+    def call(self, handler: str, data: list[Any], session: str) -> dict[str, Any]:
+        """Let a handler run as the page's script does; return what the server says at the end."""
+        body = {"data": data, "fn_index": self.number_of(handler), "session_hash": session}
+        joined = httpx.post(f"{self.url}gradio_api/queue/join", json=body)
+        if joined.status_code != 200:
+            return joined.json() | {"status": joined.status_code}
+        where = f"{self.url}gradio_api/queue/data"
+        with httpx.stream("GET", where, params={"session_hash": session}, timeout=30) as lines:
+            for line in lines.iter_lines():
+                if line.startswith("data: "):
+                    message = json.loads(line.removeprefix("data: "))
+                    if message["msg"] == "process_completed":
+                        return message["output"] | {"status": 200}
+        raise AssertionError("the answer broke off")
+
 
 @pytest.fixture(scope="session")
 def demo(make_model) -> Iterator[Demo]:
@@ -84,7 +100,10 @@ def demo(make_model) -> Iterator[Demo]:
     model, processor = make_model(max_position_embeddings=4096)
     voice = Voice(processor.tokenizer)
     model.compute_logits = voice.logits
-    limits = Limits(max_file_mb=1, max_megapixels=1, max_pictures=4, max_waiting=2)
+    # Chromium's false camera makes pictures of 2 megapixels.
+    limits = Limits(
+        max_file_mb=1, max_megapixels=3, max_pictures=4, max_waiting=2, max_requests=10_000
+    )
     with serving("tiny", model, processor, limits, Address()) as url:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         yield Demo(url, voice, folder, connections)

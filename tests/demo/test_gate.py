@@ -77,13 +77,6 @@ def test_rates_forget_after_a_minute():
     assert not rates.too_often("b", 2)
 
 
-def join(demo, data: list, name: str = "_post", session: str = "crafted", **headers: str):
-    """Call an event of the page as its script does; return the answer's status and JSON."""
-    body = {"data": data, "fn_index": demo.number_of(name), "session_hash": session}
-    answer = httpx.post(f"{demo.url}gradio_api/run/predict", json=body, headers=headers)
-    return answer.status_code, answer.json()
-
-
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "http://127.0.0.1:9/a.png", "{folder}/../../etc/passwd"]
 )
@@ -91,10 +84,9 @@ def test_a_crafted_call_gets_no_file_and_no_address(demo, path: str):
     path = path.replace("{folder}", str(demo.folder))
     before = len(demo.connections)
     for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
-        status, answer = join(
-            demo, [{"text": "What?", "files": [{"path": path, **meta}]}, "", None]
-        )
-        assert status == 400 and answer["detail"] == "Only uploaded files can be used."
+        data = [{"text": "What?", "files": [{"path": path, **meta}]}, "", None]
+        answer = demo.call("_post", data, "crafted")
+        assert answer["status"] == 400 and answer["detail"] == "Only uploaded files can be used."
     called = [target for target in demo.connections[before:] if target[1] == 9]
     assert not called, "the server asked the address"
 
@@ -123,13 +115,11 @@ def test_no_file_of_the_machine_is_given_out(demo, path: str):
 
 
 def test_a_foreign_page_cannot_post(demo):
-    status, answer = join(demo, [], origin="http://evil.example")
-    assert (status, answer["detail"]) == (
-        403,
-        "This request does not come from the demo's own page.",
-    )
-    status, answer = join(demo, [], origin="http://evil.example", **{"accept-language": "zh-CN"})
-    assert "不是" in answer["detail"]
+    evil = {"origin": "http://evil.example"}
+    for language, words in (("en", "does not come from"), ("zh-CN", "不是")):
+        headers = evil | {"accept-language": language}
+        answer = httpx.post(f"{demo.url}gradio_api/queue/join", json={}, headers=headers)
+        assert answer.status_code == 403 and words in answer.json()["detail"]
     answer = httpx.get(demo.url, headers={"host": "evil.example"})
     assert answer.status_code == 403
 
@@ -148,22 +138,14 @@ def test_an_upload_tells_its_size_and_is_small(demo, headers: dict[str, str]):
 
 
 def test_the_queue_is_bounded_and_says_so(demo):
-    demo.voice.say("ab ", seconds=0.05)
-    number = demo.number_of("_answer")
-    for visitor in range(4):
-        status, _ = join(demo, [{"text": "Hi", "files": []}, "", None], session=f"visitor{visitor}")
-        assert status == 200
-
-    def wait(visitor: int) -> tuple[int, str]:
-        body = {
-            "data": [None, 0, 1, 20, 1],
-            "fn_index": number,
-            "session_hash": f"visitor{visitor}",
-        }
-        answer = httpx.post(f"{demo.url}gradio_api/queue/join", json=body)
-        return answer.status_code, answer.text
-
+    demo.voice.say("ab ", seconds=0.03)
+    names = [f"visitor {number}" for number in range(4)]
+    for name in names:
+        assert demo.call("_post", [{"text": "Hi", "files": []}, "", None], name)["status"] == 200
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(wait, range(4)))
-    assert sorted(status for status, _ in answers)[-1] == 429
-    assert any("Too many people are asking" in text for _, text in answers)
+        settings = [None, 0, 1, 20, 1]
+        answers = list(pool.map(lambda name: demo.call("_answer", settings, name), names))
+    # One is answered, max_waiting = 2 wait, and the fourth is told.
+    assert sorted(answer["status"] for answer in answers) == [200, 200, 200, 429]
+    (told,) = (answer["detail"] for answer in answers if answer["status"] == 429)
+    assert told == "Too many people are asking right now; try again in a minute."

@@ -120,6 +120,21 @@ def test_two_visitors_do_not_see_each_other(demo, open_page):
     assert first.locator(BOT).count() == 2
 
 
+def test_a_refused_file_is_told_and_the_question_stays(demo, open_page, pictures, tmp_path):
+    demo.voice.say("Good.", end=True)
+    (tmp_path / "program.png").write_bytes(b"MZ" + bytes(100))
+    page = open_page()
+    attach(page, [str(tmp_path / "program.png"), pictures[0]])
+    ask(page, "What is it?")
+    page.get_by_text("program.png is no picture that can be read").wait_for()
+    assert page.input_value("#box textarea") == "What is it?"
+    assert not page.locator("#chat .error").is_visible()
+    page.locator("#box .thumbnail-item .delete-button").first.click()
+    page.press("#box textarea", "Enter")
+    page.get_by_text("Good.").wait_for()
+    assert page.locator("#chat .message img").count() == 1
+
+
 def test_errors_are_one_sentence(demo, open_page, capfd):
     demo.voice.say("never")
     demo.voice.fail = True

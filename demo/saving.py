@@ -1,0 +1,58 @@
+"""How does a visitor keep a conversation, and go on with it later?"""
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from demo.handlers import Handlers, Messages, idle_box
+from demo.page_parts import AT_ONCE, Page
+from demo.saved import pack, unpack
+from demo.talk import Talk, shown
+from demo.told import language, told
+from demo.wording import say
+from vlm.errors import UserError
+
+# A browser saves what a link leads to; the link is there when the file is.
+SAVE = "() => setTimeout(() => document.querySelector('#saved').click(), 50)"
+
+
+def mount_saving(page: Page, handlers: Handlers) -> None:
+    """Add the buttons "Save" and "Open" to the bar."""
+    with page.bar:
+        save = page.labels.new(gr.Button, {"value": "save"}, size="sm", scale=0, elem_id="save")
+        saved = gr.DownloadButton("", visible="hidden", elem_id="saved")
+        load = page.labels.new(
+            gr.UploadButton,
+            {"label": "open"},
+            file_types=[".zip", ".json"],
+            size="sm",
+            scale=0,
+            elem_id="open",
+        )
+
+    def write(talk: Talk | None, request: gr.Request) -> str:
+        words = language(request)
+        path = None if talk is None else talk.folder / f"conversation-{secrets.token_hex(4)}.zip"
+        if talk is None or path is None or not pack(talk.chat, path):
+            raise UserError(say(words, "nothing_to_save"))
+        return str(path)
+
+    def read(
+        file: str, talk: Talk | None, request: gr.Request
+    ) -> tuple[Talk, Messages, dict[str, Any], dict[str, Any]]:
+        words = language(request)
+        talk = handlers.open_talk(talk, request)
+        if talk.question is not None or talk.answering:
+            raise UserError(say(words, "still_answering"))
+        restored = unpack(Path(file), talk.folder, page.served.limits, words)
+        talk.chat.clear()
+        talk.chat.system = restored.system
+        talk.chat.messages, talk.chat.images = restored.messages, restored.images
+        system = gr.update(value=restored.system or "")
+        return talk, shown(talk, say(words, "picture")), idle_box("", []), system
+
+    save.click(told(write), page.talk, saved, **AT_ONCE).success(None, None, None, js=SAVE)
+    asked = [page.talk, page.chatbot, page.box, page.system]
+    load.upload(told(read), [load, page.talk], asked, **AT_ONCE)

@@ -1,0 +1,135 @@
+"""Is a saved conversation a training record, and does it come back as it was?"""
+
+import json
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_recipes.records import to_messages
+from demo.limits import Limits
+from demo.saved import MAX_RECORD, pack, unpack
+from demo.uploads import keep_picture
+from vlm.chat_session import ChatSession, Sampling
+from vlm.errors import UserError
+
+LIMITS = Limits(max_file_mb=1, max_megapixels=1, max_pictures=3)
+
+
+@pytest.fixture
+def chat(make_model, make_image, tmp_path: Path) -> ChatSession:
+    """Three questions, of which the second was stopped before a word; two pictures each in 0, 1."""
+    session = ChatSession(*make_model(), Sampling(max_new_tokens=2), system="Be brief.")
+    for turn, (answer, num) in enumerate((("A cat.", 2), ("", 1), ("Yes.", 0))):
+        for number in range(num):
+            source = tmp_path / f"{turn}{number}.png"
+            make_image(seed=10 * turn + number).save(source)
+            path, image = keep_picture(source, "x", tmp_path, LIMITS, "en")
+            session.add_image(image, name=path)
+        list(session.ask(f"Question\n{turn}?"))
+        session.messages[-1]["content"][0]["text"] = answer
+    return session
+
+
+def test_what_is_saved_is_a_record_that_training_takes(chat: ChatSession, tmp_path: Path):
+    assert pack(chat, tmp_path / "talk.zip")
+    with zipfile.ZipFile(tmp_path / "talk.zip") as archive:
+        archive.extractall(tmp_path / "talk")
+    (raw,) = json.loads((tmp_path / "talk" / "conversation.json").read_text())
+    record = to_messages(raw, "talk")
+    assert [m["role"] for m in record.messages] == ["system"] + ["user", "assistant"] * 2
+    assert record.images == ("pictures/1.png", "pictures/2.png")
+    assert all((tmp_path / "talk" / str(name)).is_file() for name in record.images)
+
+
+def test_a_conversation_comes_back_as_it_was(chat: ChatSession, tmp_path: Path):
+    assert pack(chat, tmp_path / "talk.zip")
+    restored = unpack(tmp_path / "talk.zip", tmp_path, LIMITS, "en")
+    kept = [message for n, message in enumerate(chat.messages) if n not in (3, 4)]
+    assert restored.messages == kept and restored.system == "Be brief."
+    assert [image.tobytes() for _, image in restored.images] == [
+        image.tobytes() for _, image in chat.images[:2]
+    ]
+    assert not list(tmp_path.glob("given-*"))
+
+
+def test_nothing_answered_is_nothing_to_save(make_model, tmp_path: Path):
+    session = ChatSession(*make_model(), Sampling(), system="Be brief.")
+    assert not pack(session, tmp_path / "talk.zip")
+
+
+def wide() -> bytes:
+    stream = BytesIO()
+    Image.new("RGB", (1001, 1000)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+RECORD = {
+    "image": "pictures/1.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "A cat."},
+    ],
+}
+FILES: dict[str, tuple[dict[str, bytes], str]] = {
+    "no record": ({"a.txt": b"x"}, "conversation.json is missing in the zip."),
+    "no JSON": ({"conversation.json": b"{"}, "no saved conversation"),
+    "deep JSON": ({"conversation.json": b"[" * 100_000}, "no saved conversation"),
+    "large JSON": ({"conversation.json": b" " * (MAX_RECORD + 1)}, "larger than the 4 MB"),
+    "two records": (
+        {"conversation.json": json.dumps([RECORD, RECORD]).encode()},
+        "holds 2 conversations",
+    ),
+    "no answer": (
+        {"conversation.json": json.dumps({"conversations": RECORD["conversations"][:1]}).encode()},
+        "the last question has no answer",
+    ),
+    "no picture": (
+        {"conversation.json": json.dumps(RECORD).encode()},
+        "pictures/1.png is missing in the zip.",
+    ),
+    "a path outside": (
+        {"conversation.json": json.dumps(RECORD | {"image": "/etc/passwd"}).encode()},
+        "/etc/passwd is missing in the zip.",
+    ),
+    "a picture of too many pixels": (
+        {"conversation.json": json.dumps(RECORD).encode(), "pictures/1.png": wide()},
+        "million pixels",
+    ),
+    "a large member": (
+        {"conversation.json": json.dumps(RECORD).encode(), "pictures/1.png": bytes(50_000_000)},
+        "pictures/1.png is larger than the 1 MB",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_zips_that_are_refused(case: str, tmp_path: Path):
+    files, words = FILES[case]
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match=words):
+        unpack(tmp_path / "x.zip", tmp_path, LIMITS, "en")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04 cut", "no saved conversation"),
+        (json.dumps([RECORD]).encode(), "names 1 pictures; open the zip"),
+    ],
+)
+def test_other_files_that_are_refused(content: bytes, words: str, tmp_path: Path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        unpack(tmp_path / "x.json", tmp_path, LIMITS, "en")
+
+
+def test_a_record_without_pictures_can_be_opened_alone(tmp_path: Path):
+    record = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    (tmp_path / "x.json").write_text(json.dumps([record]))
+    restored = unpack(tmp_path / "x.json", tmp_path, LIMITS, "en")
+    assert [m["content"][0]["text"] for m in restored.messages] == ["Hi", "Ho"]
