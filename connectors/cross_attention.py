@@ -131,7 +131,9 @@ class MediaBlock(nn.Module):
             name: under which keys and values are kept.
         """
         if media is None:
-            return self(hidden, hidden.new_zeros(len(hidden), 0, self.attention.media_dim), None)
+            # In the same order as with media: ranks put the weights in pieces together as they run.
+            nothing = hidden.new_zeros(len(hidden), 0, self.attention.media_dim)
+            return self(hidden, nothing, None, self.attention.read_media(nothing))
         mask = context.attend(media, scope).to(hidden.device)
         tokens = media.tokens.to(hidden)
         return self(hidden, tokens, mask, media.read(name, self.attention.read_media, tokens))

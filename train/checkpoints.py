@@ -22,7 +22,9 @@ PREFIX = "checkpoint-"
 NOTE = "complete.json"
 LOSSES = "losses.json"  # of the last steps, see `train.spikes`
 RECIPE = "recipe.yaml"  # of the stage that wrote it
-STATE = (NOTE, LOSSES, RECIPE, "trainer_state.json")  # what a model's folder gets no copy of
+DEEPSPEED = ("latest", "zero_to_fp32.py", "zero_to_torch.py")  # beside its folder of states
+# What a model's folder gets no copy of.
+STATE = (NOTE, LOSSES, RECIPE, "trainer_state.json", "optimizer.bin", *DEEPSPEED)
 
 
 def step_of(folder: Path) -> int:

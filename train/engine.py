@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "deepspeed"
 LEVELS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")  # files in FOLDER
+# What a config leaves out is the recipe's: DeepSpeed's own would be float32, and norms cut at 1.
+AUTO: dict[str, Any] = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     name, zero = "stage3_gather_16bit_weights_on_model_save", config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get(name, True):
         raise UserError(f"{where}: take {name} out of it; without it no model is written")
-    return {**config, "zero_optimization": {**zero, name: True}} if zero else config
+    return {**AUTO, **config, "zero_optimization": {**zero, name: True}}
 
 
 def check_fsdp(config: Mapping[str, Any] | str | None, where: str) -> None:

@@ -42,6 +42,9 @@ FREE_SETTINGS = (
     "report_to",
     "run_name",
     "gradient_checkpointing",
+    # Their product with the number of processes may not: see train.sharded_state.check_ranks.
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 )
 
 

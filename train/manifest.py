@@ -42,6 +42,7 @@ class StageManifest(TrainerCallback):
         device: torch.device,
         features: Mapping[str, Any] | None = None,
         previous: Path | None = None,
+        step_of: Mapping[str, int] | None = None,
     ) -> None:
         """Write the manifest of a stage that starts or goes on.
 
@@ -52,6 +53,7 @@ class StageManifest(TrainerCallback):
             device: that it trains on.
             features: what was decided of a frozen encoder's.
             previous: folder of the stage before.
+            step_of: how many records a step takes.
         """
         self.folder = folder
         self.start = time.perf_counter()
@@ -69,6 +71,7 @@ class StageManifest(TrainerCallback):
             "quantization": recipe.model.quantization,
             "feature_cache": features,
             "previous": hash_manifest(previous),
+            "step_of": step_of,
             "data": hash_sources(stage.data.sources) if is_main_process() else {},
             **environment(device),
         }

@@ -17,13 +17,14 @@ from train.features.cache import features_before, prepare_features
 from train.folders import check_space, claim, is_done, output_of
 from train.freeze import Group, describe, freeze, settings
 from train.loop import make_trainer, train_to_end
-from train.manifest import StageManifest
+from train.manifest import StageManifest, read_manifest
 from train.order import make_order
 from train.parts import stage_parts, with_features
 from train.process import free_memory, is_main_process, say, seed_everything, set_up_torch
 from train.rates import check_steps
 from train.recipe import Recipe, StageRecipe, with_place
 from train.resume import check_resume
+from train.sharded_state import check_ranks, step_of_records
 from train.steps import step_sizes, total_steps
 from vlm.errors import UserError
 
@@ -80,6 +81,8 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     parts = stage_parts(recipe, stage, previous, checkpoint)
     groups = freeze_stage(recipe, stage, parts.model)
     arguments = training_arguments(recipe, stage, folder)
+    if checkpoint is not None:
+        check_ranks(checkpoint, read_manifest(folder), arguments)
     saves, on_base = arguments.save_strategy != "no", keeps_base(recipe, stage)
     check_space(folder, parts.model, saves, stage.ema is not None, trained_only=on_base)
     if stage.changes:
@@ -97,7 +100,8 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
         say(describe_base(parts.model))
     before = features_before(folder, checkpoint)
     found = prepare_features(recipe, stage, parts, arguments, before)
-    manifest = StageManifest(folder, recipe, stage, arguments.device, found.note, previous)
+    step_of, note = step_of_records(arguments), found.note
+    manifest = StageManifest(folder, recipe, stage, arguments.device, note, previous, step_of)
     parts = with_features(parts, stage, found.store)
     trainer = make_trainer(stage, folder, parts, groups, arguments, manifest, recipe.seed)
     weights = "trained" if stage.ema is None else stage.ema.use

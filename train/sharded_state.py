@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlm.errors import UserError
+
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 OPTIMIZER = "optimizer.bin"
 
@@ -37,3 +39,43 @@ def save_fsdp_states(trainer: "Trainer", folder: Path) -> None:
     if trainer.args.should_save:
         torch.save(settled(state), folder / OPTIMIZER)
         torch.save(known.lr_scheduler.state_dict(), folder / "scheduler.pt")
+
+
+def check_ranks(
+    checkpoint: Path, before: Mapping[str, Any], arguments: "TrainingArguments"
+) -> None:
+    """Refuse to go on from a checkpoint as what it was not written by.
+
+    Args:
+        checkpoint: the stage's newest.
+        before: the manifest of the stage so far.
+        arguments: of the stage now.
+
+    Raises:
+        UserError: a step would take another number of records, or DeepSpeed's files are of another
+            number of processes.
+    """
+    then, now = before.get("step_of"), step_of_records(arguments)
+    same = then is None or then["records"] == now["records"]
+    if then is not None and arguments.dataloader_drop_last:
+        same = then == now
+    if not same:
+        assert then is not None
+        raise UserError(
+            f"{checkpoint} was written with {then['records']} records a step, but now it would be "
+            f"{now['records']} ({arguments.world_size} processes); change "
+            "per_device_train_batch_size or gradient_accumulation_steps so that they are as many"
+        )
+    wrote = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    if wrote not in (0, arguments.world_size):
+        raise UserError(
+            f"{checkpoint} holds DeepSpeed's states of {wrote} processes, which {wrote} alone can "
+            f"go on from, not {arguments.world_size}; start as many, or train the stage anew from "
+            "the weights there (model.checkpoint)"
+        )
+
+
+def step_of_records(arguments: "TrainingArguments") -> dict[str, int]:
+    """Return how many records an optimizer step takes, and how many of them at once."""
+    at_once = arguments.train_batch_size * arguments.world_size
+    return {"records": at_once * arguments.gradient_accumulation_steps, "at_once": at_once}

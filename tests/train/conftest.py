@@ -169,12 +169,12 @@ def _rank(rank: int, ranks: int, port: int, jobs: Sequence[Sequence[str]]) -> No
 
 @pytest.fixture
 def on_ranks() -> Callable[..., None]:
-    """(*jobs, ranks=2, timeout=60) -> run `vlm train` with each job's words in turn, on all ranks.
+    """(*jobs, ranks=2, timeout=300) -> run `vlm train` with each job's words in turn, on all ranks.
 
     Ranks are forks of this process, which spares them the imports. A rank that hangs is killed.
     """
 
-    def run(*jobs: Sequence[str], ranks: int = 2, timeout: float = 60) -> None:
+    def run(*jobs: Sequence[str], ranks: int = 2, timeout: float = 300) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

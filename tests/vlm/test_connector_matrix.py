@@ -1,7 +1,10 @@
 """Does every connector, before or inside the language model, serve in every use of the model?"""
 
 import copy
+import os
 import re
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -270,3 +273,93 @@ def test_saved_loaded_and_copied_models_are_equal(chain, make, rows, tmp_path: P
     for parameter in model.model.connector.parameters():
         parameter.data.zero_()
     assert torch.equal(twin(**batch).logits, expected)
+
+
+def step_on(engine, model, batch):
+    """Return (this rank's loss, all weights after a step of plain SGD) of two ranks."""
+    if engine == "ZeRO-3":
+        import deepspeed  # pyright: ignore[reportMissingImports]
+        from transformers.integrations import HfDeepSpeedConfig
+
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        }
+        known = HfDeepSpeedConfig(config)  # the model asks for it while it is alive
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        run, *_ = deepspeed.initialize(model=model, optimizer=sgd, config=known.config)
+        loss = run(**batch).loss
+        run.backward(2 * loss)
+        run.step()
+        return loss.item(), run._zero3_consolidated_16bit_state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (*model.model.language_model.layers, model.lm_head, model):
+        fully_shard(module)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    loss = model(**batch).loss
+    (2 * loss).backward()
+    sgd.step()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return loss.item(), get_model_state_dict(model, options=whole)
+
+
+def one_of_two(rank, port, engine, cases, folder):
+    """Take a step with each model, with this rank's batch, as one process of two."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo")
+    for name, (model, batches) in cases.items():
+        loss, weights = step_on(engine, model, batches[rank])
+        torch.save((loss, weights), folder / f"{name}.{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
+def test_two_ranks_with_pieces_of_the_weights_step_as_one(engine, make, rows, tmp_path) -> None:
+    """One rank's records have pictures, the other's none; all connectors in one pair of ranks."""
+    if engine == "ZeRO-3":
+        pytest.importorskip("deepspeed")
+        ops = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "nowhere"))
+        if not (ops / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").exists():
+            pytest.skip("DeepSpeed would compile for minutes: see docs/engines.md")
+    cases, expected = {}, {}
+    for name in CHAINS:
+        model, processor = make(name)
+        encoded = rows(processor)
+        seen = [row for row in encoded if "pixel_values" in row]
+        blind = [row for row in encoded if "pixel_values" not in row]
+        batches = [processor.collate(part, "right") for part in (seen, blind)]
+        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        batches = [{**batch, "num_items_in_batch": count} for batch in batches]
+        model.train()
+        cases[name] = copy.deepcopy(model), batches
+        losses = [model(**batch).loss for batch in batches]
+        sum(losses).backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        expected[name] = [loss.item() for loss in losses], dict(model.state_dict())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = port, engine, cases, tmp_path
+    started = torch.multiprocessing.start_processes(
+        one_of_two, given, 2, join=False, start_method="fork"
+    )
+    assert started is not None
+    end = time.monotonic() + 500
+    try:
+        while not started.join(5):
+            assert time.monotonic() < end, "a rank waits for the other"
+    finally:
+        for process in started.processes:
+            process.kill()
+    for name, (losses, weights) in expected.items():
+        told = [torch.load(tmp_path / f"{name}.{rank}.pt") for rank in (0, 1)]
+        assert [loss for loss, _ in told] == pytest.approx(losses, abs=1e-4), name
+        moved = told[0][1]
+        torch.testing.assert_close(
+            moved, weights, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: n + m
+        )

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# All GPUs of one machine with ZeRO; needs pip install -e '.[train]' and training.deepspeed in the recipe.
-# Each stage gets processes of its own: DeepSpeed's state cannot be reset within one.
-# Usage, from the repository: [GPUS=8] train/launch/deepspeed.sh RECIPE "align instruct" [--a.b value ...]
+# All GPUs of one machine, started by DeepSpeed's launcher; needs make extras EXTRAS=train and a line
+# such as `deepspeed: zero2` in each stage's training. (train/launch/torchrun.sh runs the same recipe.)
+# Usage, from the repository: [GPUS=8] train/launch/deepspeed.sh RECIPE [--a.b value ...]
+# Several machines: HOSTFILE=FILE, a line "name slots=8" each, with ssh between them; or
+# train/launch/multi_node.sh, which needs neither.
 set -euo pipefail
-recipe="$1"
-stages="$2"
-shift 2
-for stage in $stages; do
-  deepspeed ${GPUS:+--num_gpus "$GPUS"} --no_local_rank --module train "$recipe" --stage "$stage" "$@"
-done
+# --no_local_rank: the launcher would put a --local_rank among our words.
+deepspeed ${GPUS:+--num_gpus "$GPUS"} ${HOSTFILE:+--hostfile "$HOSTFILE"} \
+  ${PORT:+--master_port "$PORT"} --no_local_rank --module train "$@" || {
+  code=$?
+  echo "train/launch: the run ended because a process did (the first one is named above)." \
+    "Once that is mended, the same command goes on from the newest whole checkpoint." >&2
+  exit "$code"
+}
