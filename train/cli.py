@@ -25,9 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the recipe and run it, or only check it."""
+    from train.process import is_lost_peer
     from train.recipe import load_recipe
     from train.run import check
     from train.run import run as run_recipe
+    from vlm.errors import UserError
     from vlm.yaml_values import to_text
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -35,5 +37,13 @@ def run(args: argparse.Namespace) -> int:
         check(recipe, only=args.stage)
         print(to_text(recipe.to_dict()), end="")
         return 0
-    run_recipe(recipe, only=args.stage)
+    try:
+        run_recipe(recipe, only=args.stage)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise UserError(
+            "another process of this run has died, so this one ends, too; the same command goes on "
+            "from the newest whole checkpoint"
+        ) from error
     return 0

@@ -22,6 +22,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Return whether an error of a common act means that another process is gone.
+
+    gloo tells it in words alone.
+    """
+    words = ("Connection closed by peer", "Connection reset by peer")
+    lost = (torch.distributed.DistNetworkError, torch.distributed.DistBackendError)
+    return isinstance(error, lost) or any(word in str(error) for word in words)
+
+
 def set_up_torch(recipe: Recipe) -> None:
     """Apply the recipe's settings of torch, and leave the terminal to our own progress line."""
     disable_progress_bar()

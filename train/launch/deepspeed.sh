@@ -6,10 +6,5 @@
 # train/launch/multi_node.sh, which needs neither.
 set -euo pipefail
 # --no_local_rank: the launcher would put a --local_rank among our words.
-deepspeed ${GPUS:+--num_gpus "$GPUS"} ${HOSTFILE:+--hostfile "$HOSTFILE"} \
-  ${PORT:+--master_port "$PORT"} --no_local_rank --module train "$@" || {
-  code=$?
-  echo "train/launch: the run ended because a process did (the first one is named above)." \
-    "Once that is mended, the same command goes on from the newest whole checkpoint." >&2
-  exit "$code"
-}
+exec deepspeed ${GPUS:+--num_gpus "$GPUS"} ${HOSTFILE:+--hostfile "$HOSTFILE"} \
+  ${PORT:+--master_port "$PORT"} --no_local_rank --module train "$@"

@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# All GPUs of one machine, one process each (DDP).
+# All GPUs of one machine, one process each: DDP, or what the recipe asks for (docs/engines.md).
 # Usage, from the repository: [GPUS=4] train/launch/torchrun.sh RECIPE [--a.b value ...]
 set -euo pipefail
-torchrun --standalone --nproc-per-node "${GPUS:-gpu}" -m train "$@" || {
-  code=$?
-  echo "train/launch: the run ended because a process did (the first one is named above)." \
-    "Once that is mended, the same command goes on from the newest whole checkpoint." >&2
-  exit "$code"
-}
+exec torchrun --standalone --nproc-per-node "${GPUS:-gpu}" -m train "$@"
