@@ -26,13 +26,13 @@ from connectors.views import NOTHING_KNOWN, TextInput, Views
 from vlm import fusion_cache, recurrent_lm
 from vlm.configuration import VlmConfig
 from vlm.encoders import build_vision_encoder
-from vlm.encoders.base import restore_buffers
 from vlm.fusion import Images, build_context, carry
 from vlm.fusion_hooks import ARGUMENT, FusionCall, FusionHooks
 from vlm.hosts import host_shape
 from vlm.lm_head import document_starts
 from vlm.mamba_scan import use_scan
 from vlm.packed_attention import packed_mask, use_packed_attention
+from vlm.pretrained import VlmPreTrainedModel
 from vlm.row_ends import RowEnds, new_row_ends, put_row_ends, row_end_tokens
 from vlm.sharding import weights_are_sharded
 from vlm.shared_positions import explicit_mask, shared_positions
@@ -41,35 +41,6 @@ from vlm.tiling import build_tiling, plan_of
 from vlm.token_layout import check_places, images_per_row, lay_out, num_image_tokens
 from vlm.video_layout import VideoConfig, parse_video
 from vlm.view_facts import as_text, describe_views, of_a_blank
-
-
-class VlmPreTrainedModel(PreTrainedModel):
-    """What transformers asks of both classes below."""
-
-    config_class = VlmConfig
-    base_model_prefix = "model"
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """Say that modules may be initialised as transformers' own are.
-
-        While loading, custom code has every module skipped whose own tensors came from the file or
-        that has none. A language model that fills its layers' buffers itself (Falcon-H1's
-        multipliers) would keep what lies in memory.
-        """
-        return False
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as transformers does, and compute again what checkpoints do not hold."""
-        super()._init_weights(module)
-        restore_buffers(module)
 
 
 class VlmModel(VlmPreTrainedModel):
@@ -245,17 +216,15 @@ class VlmModel(VlmPreTrainedModel):
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
         record_ids: Sequence[str] | None = None,
+        token_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Embed the ids, put image features where the image tokens are, run the language model.
 
-        The arguments are those of `VlmForConditionalGeneration.forward`.
+        The arguments are those of `VlmForConditionalGeneration.forward`; `token_embeds` (B, L, E)
+        are the ids' embeddings, where it has looked them up itself.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, E)
-        assert inputs_embeds is not None
+        inputs_embeds = self._embed(input_ids, inputs_embeds, token_embeds)  # (B, L, E)
         is_image = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool).to(inputs_embeds.device)
         features, images, sharded = None, None, weights_are_sharded(self)
         if pixel_values is not None and vision_features is not None:
@@ -301,6 +270,16 @@ class VlmModel(VlmPreTrainedModel):
             fusion_cache.write(outputs.past_key_values, carry(context, images, carried))
         outputs["image_hidden_states"] = features
         return outputs
+
+    def _embed(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_embeds: Tensor | None
+    ) -> Tensor:
+        """Return the embeddings (B, L, E) that were given, or those of the ids."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if token_embeds is not None:
+            return token_embeds
+        return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
     def _run_language_model(
         self,

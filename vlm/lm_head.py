@@ -8,14 +8,16 @@ from itertools import repeat
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
+from vlm.head_loss import is_plain, linear_loss
 from vlm.processing import IGNORE
 
-# Logits held at once, in elements: 256 MB in float32.
-CHUNK_ELEMENTS = 2**26
+# Logits held at once, in elements: 128 MB in float32 on a CPU, 256 MB elsewhere, where products of
+# few rows are slow.
+CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 2**25, 2**26
 
 
 def logit_transform(text_config: PreTrainedConfig) -> Callable[[Tensor], Tensor] | None:
@@ -53,29 +55,33 @@ def supervised_loss(
     num_items: Tensor | int | None = None,
     new_document: Tensor | None = None,
     weights: Tensor | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
     agree: Callable[[int], int] | None = None,
+    head_weight: Tensor | None = None,
 ) -> Tensor:
     """Return the next-token cross-entropy over the supervised positions only.
 
-    Rows whose next label is IGNORE never reach the head, and the others go through it in chunks;
-    with more than one chunk each is computed again in the backward pass, so neither pass holds the
-    logits of more than `chunk_elements`. The head runs at least once, on no rows if need be: other
+    Rows whose next label is IGNORE never reach the head, and the others go through it in chunks, so
+    that neither pass holds the logits of more than `chunk_elements`. A plain linear head's gradient
+    is computed with its loss (`vlm.head_loss`); with another head and more than one chunk, each is
+    computed again in the backward pass. The head runs at least once, on no rows if need be: other
     processes may wait for its weights or for their gradients.
 
     Args:
         hidden: (B, L, E) last hidden states.
         labels: (B, L) ids, IGNORE where nothing is learnt; shifted here.
-        head: hidden rows (R, E) -> logits (R, V).
+        head: hidden rows (R, E) -> logits (R, V); called also if there are none, so that its
+            parameters always get a gradient.
         vocab_size: V.
         num_items: what the sum is divided by (supervised tokens, or their weights, over
             accumulation and ranks); None: by those of this batch.
         new_document: (B, L - 1) True where position t + 1 starts another packed document, which
             position t must not be asked to predict.
         weights: (B, L) what each label's loss is multiplied by; None: 1.
-        chunk_elements: how many logits may exist at once.
+        chunk_elements: how many logits may exist at once; None: as suits the device.
         agree: makes of this process's number of chunks that of all, where they have to run the head
             equally often; None: they need not.
+        head_weight: (V, E) in place of a plain head's own, see `vlm.tied_head`.
     """
     targets = labels[:, 1:]
     if new_document is not None:
@@ -84,35 +90,54 @@ def supervised_loss(
     rows, targets = hidden[:, :-1][learnt], targets[learnt]  # (R, E), (R,)
     scales = None if weights is None else weights[:, 1:][learnt]  # (R,)
 
+    if chunk_elements is None:
+        chunk_elements = CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS
+    size = max(1, chunk_elements // vocab_size)
+    if num_items is None:
+        num_items = max(1, len(rows)) if scales is None else scales.sum().clamp(min=1)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(rows.device)
+    if agree is None and isinstance(head, nn.Linear) and is_plain(head):
+        weight = head.weight if head_weight is None else head_weight
+        return linear_loss(rows, weight, head.bias, targets, scales, num_items, size)
+
+    count = max(1, -(-len(rows) // size))
+    if agree is not None:
+        count = agree(count)
+    return _chunked_sum(rows, targets, scales, head, size, count) / num_items
+
+
+def _chunked_sum(
+    rows: Tensor,
+    targets: Tensor,
+    scales: Tensor | None,
+    head: Callable[[Tensor], Tensor],
+    size: int,
+    count: int,
+) -> Tensor:
+    """Return the summed losses of rows (R, E) by `count` chunks of `size` rows, the last ones less.
+
+    More than one are computed again in the backward pass.
+    """
+
     def chunk_sum(chunk: Tensor, chunk_targets: Tensor, chunk_scales: Tensor | None) -> Tensor:
         if chunk_scales is None:
             return F.cross_entropy(head(chunk).float(), chunk_targets, reduction="sum")
         losses = F.cross_entropy(head(chunk).float(), chunk_targets, reduction="none")
         return (losses * chunk_scales).sum()
 
-    size = max(1, chunk_elements // vocab_size)
-    count = max(1, -(-len(rows) // size))
-    if agree is not None:
-        count = agree(count)
     if count == 1:
-        total = chunk_sum(rows, targets, scales)
-    else:
+        return chunk_sum(rows, targets, scales)
 
-        def cut(x: Tensor) -> tuple[Tensor, ...]:
-            chunks = x.split(size)
-            return (*chunks, *repeat(x[:0], count - len(chunks)))
+    def cut(x: Tensor) -> tuple[Tensor, ...]:
+        chunks = x.split(size)
+        return (*chunks, *repeat(x[:0], count - len(chunks)))
 
-        chunks = cut(rows), cut(targets), repeat(None) if scales is None else cut(scales)
-        sums = [
-            checkpoint(chunk_sum, *chunk, use_reentrant=False)
-            for chunk in zip(*chunks, strict=False)
-        ]
-        total = torch.stack(sums).sum()
-    if num_items is None:
-        num_items = max(1, len(rows)) if scales is None else scales.sum().clamp(min=1)
-    if isinstance(num_items, Tensor):
-        num_items = num_items.to(total.device)
-    return total / num_items
+    chunks = cut(rows), cut(targets), repeat(None) if scales is None else cut(scales)
+    sums = [
+        checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in zip(*chunks, strict=False)
+    ]
+    return torch.stack(sums).sum()
 
 
 def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:

@@ -29,10 +29,12 @@ from vlm.instructions import IDS, MASK
 from vlm.lm_head import document_starts, logit_transform, supervised_loss
 from vlm.on_base import Base, save_trained, stands_on_base
 from vlm.recurrent_lm import check_state_cache
-from vlm.sharding import most_of_all, weights_are_sharded
+from vlm.sharding import agreement
 from vlm.state_cache import new_cache
+from vlm.tied_head import look_up
 from vlm.tiling import plan_of
 from vlm.token_layout import images_per_row
+from vlm.vocabulary import enlarge_vocabulary
 
 
 @dataclass
@@ -95,7 +97,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         """
         embedding: Any = language_model.get_input_embeddings()
         if embedding.num_embeddings < vocab_size:
-            _enlarge_vocabulary(language_model, vocab_size)
+            enlarge_vocabulary(language_model, vocab_size)
         head: Any = language_model.get_output_embeddings()
         config = VlmConfig(
             vision_config=dict(vision_encoder.config),
@@ -249,8 +251,13 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         Raises:
             UserError: image tokens and image features differ in number.
         """
+        token_embeds, head_weight, agree = None, None, None
         if labels is not None:
             kwargs["use_cache"] = False
+            agree = agreement(self, labels.device)
+            if input_ids is not None and self._transform is None and agree is None:
+                embedding = self.get_input_embeddings()
+                token_embeds, head_weight = look_up(embedding, self.lm_head, input_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -264,6 +271,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             qformer_input_ids=qformer_input_ids,
             qformer_attention_mask=qformer_attention_mask,
             record_ids=record_ids,
+            token_embeds=token_embeds,
             **kwargs,
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
@@ -271,14 +279,13 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             loss = supervised_loss(
                 hidden,
                 labels.to(hidden.device),
-                self.compute_logits,
+                self.lm_head if self._transform is None else self.compute_logits,
                 self.config.text_config.vocab_size,
                 num_items_in_batch,
                 document_starts(position_ids, attention_mask),
                 loss_weights,
-                agree=partial(most_of_all, device=hidden.device)
-                if weights_are_sharded(self)
-                else None,
+                agree=agree,
+                head_weight=head_weight,
             )
         else:
             logits = self.compute_logits(slice_logits_to_keep(hidden, logits_to_keep))
@@ -376,21 +383,3 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
             "image_sizes": image_sizes[order],
             **{name: value[order] for name, value in per_image.items()},
         }
-
-
-def _enlarge_vocabulary(language_model: PreTrainedModel, vocab_size: int) -> None:
-    """Add random rows to the embedding and the head."""
-    if language_model.config.model_type != "xlstm":
-        language_model.resize_token_embeddings(vocab_size, mean_resizing=False)
-        return
-    # transformers 5.23 cannot: xLSTM's `_init_weights` fills the old embedding, not the new one.
-    embedding = cast(nn.Embedding, language_model.get_input_embeddings())
-    head = cast(nn.Linear, language_model.get_output_embeddings())
-    num_new, dim = vocab_size - embedding.num_embeddings, embedding.embedding_dim
-    tied = head.weight is embedding.weight
-    for module in (embedding, head):
-        rows = torch.randn(num_new, dim) * (2 / (5 * dim)) ** 0.5  # its own initialisation
-        module.weight = nn.Parameter(torch.cat([module.weight.detach(), rows.to(module.weight)]))
-    if tied:
-        head.weight = embedding.weight
-    embedding.num_embeddings = head.out_features = language_model.config.vocab_size = vocab_size

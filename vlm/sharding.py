@@ -5,6 +5,9 @@ runs, forward and backward. A process that left a module out, or ran it more oft
 would leave them waiting for ever.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,6 +23,11 @@ def weights_are_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule  # slow to import, and few need it
 
     return any(isinstance(inside, FSDPModule) for inside in module.modules())
+
+
+def agreement(module: nn.Module, device: torch.device) -> Callable[[int], int] | None:
+    """Return what makes of this process's count that of all, None where they need not agree."""
+    return partial(most_of_all, device=device) if weights_are_sharded(module) else None
 
 
 def most_of_all(count: int, device: torch.device) -> int:
