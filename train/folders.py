@@ -42,6 +42,8 @@ FREE_SETTINGS = (
     "report_to",
     "run_name",
     "gradient_checkpointing",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
     # Their product with the number of processes may not: see train.sharded_state.check_ranks.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

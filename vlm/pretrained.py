@@ -1,10 +1,14 @@
 """What does transformers ask of both classes of the model?"""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from vlm.configuration import VlmConfig
 from vlm.encoders.base import restore_buffers
+from vlm.recompute import checkpoint_options
 
 
 class VlmPreTrainedModel(PreTrainedModel):
@@ -34,3 +38,14 @@ class VlmPreTrainedModel(PreTrainedModel):
         """Initialise as transformers does, and compute again what checkpoints do not hold."""
         super()._init_weights(module)
         restore_buffers(module)
+
+    def activation_checkpointing_enable(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Let layers be computed again in the backward pass; see `vlm.recompute`."""
+        options = checkpoint_options(activation_checkpointing_kwargs)
+        super().activation_checkpointing_enable(options, **kwargs)
+        if options is None or options.get("use_reentrant") is False:
+            # Only reentrant checkpoints need inputs with gradients; to others they are a hook that
+            # lets gradients be computed of what is frozen.
+            self.disable_input_require_grads()

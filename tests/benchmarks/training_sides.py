@@ -1,9 +1,8 @@
 """How do transformers and the suite train the same model on the same records in the same order?
 
 `prepare` writes random weights once, as a `LlavaNextForConditionalGeneration` and, carried over, as
-a checkpoint of ours, and records with pictures. `train_theirs` and `train_ours` then train from
-these files: their class, their processor, a collator that pads and transformers' own Trainer; and a
-recipe.
+a checkpoint of ours, and records with pictures. `train_ours` (a recipe) and `train_theirs`
+(training_theirs.py) then train from these files.
 
 Both sides freeze the vision tower unless `train_vision`, take one micro-batch a step and AdamW with
 the Trainer's defaults.
@@ -14,7 +13,6 @@ import vlm  # noqa: F401  # isort: skip - before transformers: it mends torchvis
 import gc
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import TrainerCallback
 
 VIEW_SIZE, PATCH_SIZE, LEARNING_RATE = 112, 14, 1e-4
 QUESTION_WORDS, ANSWER_WORDS = (8, 30), (12, 60)
 HALF = (0.5, 0.5, 0.5)
 STAGE = "instruct"
+KEEP_PRODUCTS = {
+    "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"keep": "products"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,9 @@ class Measured:
     cpu_seconds: list[float] = field(default_factory=list)
     wall_seconds: list[float] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)  # seconds for the loader
+    tokens: list[int] = field(default_factory=list)  # supervised; theirs counts, for both
+    places: list[int] = field(default_factory=list)  # of rows, padding included
+    padding: list[float] = field(default_factory=list)  # its share
     peak_bytes: int = 0
 
 
@@ -199,6 +203,7 @@ def recipe_tree(shape: Shape, folder: Path, steps: int) -> dict[str, Any]:
             "max_steps": steps,
             "save_strategy": "no",
             "logging_steps": 1,
+            **KEEP_PRODUCTS,
         },
     }
     return {
@@ -248,7 +253,7 @@ def resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def train_ours(shape: Shape, folder: Path, steps: int) -> Measured:
+def train_ours(shape: Shape, folder: Path, steps: int, *callbacks: TrainerCallback) -> Measured:
     """Train a recipe from our checkpoint."""
     from train.arguments import training_arguments
     from train.loop import make_trainer
@@ -278,124 +283,7 @@ def train_ours(shape: Shape, folder: Path, steps: int) -> Measured:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             measured.waited.append(trainer.window.waited)
 
-    trainer.add_callback(Waiting())
-    trainer.train()
-    return measured
-
-
-class Rows(torch.utils.data.Dataset):
-    """Records in our order: the text of the whole conversation, and how many tokens it ends with
-    are learnt, so that the collator need not look for them."""
-
-    def __init__(self, folder: Path) -> None:
-        rows = json.loads((folder / "data.json").read_text())
-        self.rows = [rows[row] for row in json.loads((folder / "order.json").read_text())]
-        self.folder = folder
-
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return text, picture and the number of tokens to learn."""
-        row = self.rows[index]
-        question, answer = (turn["value"] for turn in row["conversations"])
-        text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
-        picture = Image.open(self.folder / row["image"]).convert("RGB")
-        return {"text": text, "picture": picture, "learnt": len(answer.split()) + 1}
-
-
-@dataclass(frozen=True)
-class PaddingCollator:
-    """Run transformers' processor on rows and pad them; labels are those of the last tokens."""
-
-    processor: Any
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch."""
-        batch = self.processor(
-            images=[row["picture"] for row in rows],
-            text=[row["text"] for row in rows],
-            padding=True,
-            return_tensors="pt",
-        )
-        labels = torch.full_like(batch["input_ids"], -100)
-        for label, ids, mask, row in zip(
-            labels, batch["input_ids"], batch["attention_mask"], rows, strict=True
-        ):
-            end = int(mask.sum())
-            label[end - row["learnt"] : end] = ids[end - row["learnt"] : end]
-        return {**batch, "labels": labels}
-
-
-def their_processor(folder: Path, backend: str) -> Any:
-    """Return transformers' processor; pictures are cut by PIL (LLaVA's numbers) or torchvision."""
-    from transformers import (
-        AutoTokenizer,
-        LlavaNextImageProcessor,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
-    )
-
-    kind: Any = LlavaNextImageProcessorPil if backend == "pil" else LlavaNextImageProcessor
-    images = kind(
-        size={"shortest_edge": VIEW_SIZE},
-        crop_size={"height": VIEW_SIZE, "width": VIEW_SIZE},
-        image_grid_pinpoints=pinpoints(),
-        image_mean=HALF,
-        image_std=HALF,
-    )
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "theirs", padding_side="right")
-    return LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def train_theirs(shape: Shape, folder: Path, steps: int, backend: str = "pil") -> Measured:
-    """Train transformers' class with its processor and Trainer."""
-    from transformers import LlavaNextForConditionalGeneration, Trainer, TrainingArguments
-
-    gc.collect()
-    measured, before = Measured(), resident("VmRSS")
-    torch.set_num_threads(1)
-
-    class TimedTrainer(Trainer):
-        """Notes how long each step waited for the loader; nothing else is changed."""
-
-        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            batches = super().get_batch_samples(*args, **kwargs)
-            measured.waited.append(time.perf_counter() - start)
-            return batches
-
-    model: Any = LlavaNextForConditionalGeneration.from_pretrained(
-        folder / "theirs", dtype=torch.float32
-    )
-    model.model.vision_tower.requires_grad_(shape.train_vision)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "their_run"),
-        per_device_train_batch_size=shape.batch_size,
-        max_steps=steps,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        train_sampling_strategy="sequential",
-    )
-    trainer = TimedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Rows(folder),
-        data_collator=PaddingCollator(their_processor(folder, backend)),
-        callbacks=[Meter(measured, before)],
-    )
+    for callback in (Waiting(), *callbacks):
+        trainer.add_callback(callback)
     trainer.train()
     return measured

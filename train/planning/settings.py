@@ -56,6 +56,7 @@ class StageSettings:
         epochs, max_steps: how long; max_steps above 0 decides.
         drop_last: whether an epoch's last micro-batch is left out where it is not full.
         checkpointing: decoder layers are computed again in the backward pass.
+        keeps_products: all of them but matrix products and attention.
         optimizer: transformers' name.
         lower: the type of mixed precision, None without.
         average: whether an average of the weights is kept in float32.
@@ -71,6 +72,7 @@ class StageSettings:
     max_steps: int
     drop_last: bool
     checkpointing: bool
+    keeps_products: bool
     optimizer: str
     lower: str | None
     average: bool
@@ -152,6 +154,7 @@ def read_settings(stage: StageRecipe) -> StageSettings:
         "checkpointing": bool(
             values["activation_checkpointing"] or values["gradient_checkpointing"]
         ),
+        "keeps_products": "keep" in (values["activation_checkpointing_kwargs"] or {}),
         "optimizer": optimizer,
         "average": stage.ema is not None,
         "lower": "bfloat16" if values["bf16"] else "float16" if values["fp16"] else None,

@@ -121,7 +121,9 @@ class StageCosts:
             model = self.model(setup.quantization)
             self._set_types(model, cast)
             if setup.checkpointing:
-                model.activation_checkpointing_enable()
+                model.activation_checkpointing_enable(
+                    {"keep": "products"} if self.settings.keeps_products else None
+                )
             else:
                 model.activation_checkpointing_disable()
             lower = self.settings.lower

@@ -46,7 +46,10 @@ def test_llava_as_published():
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_checkpointing_by_both_names(settings_of, name):
-    assert settings_of(**{name: True}).checkpointing
+    settings = settings_of(**{name: True})
+    assert settings.checkpointing and not settings.keeps_products
+    keep = {"activation_checkpointing_kwargs": {"keep": "products"}}
+    assert settings_of(**{name: True}, **keep).keeps_products
 
 
 def test_offload_and_numbers_of_a_deepspeed_file(settings_of, tmp_path):
