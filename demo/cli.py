@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from demo.limits import Limits
 
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub id")
+    parser.add_argument(
+        "--compare", metavar="MODEL2", help="answer every question with this model too, beside it"
+    )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these")
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from transformers.utils import logging
 
+    from demo.fits import check_fits, free_bytes
     from demo.limits import Limits
     from demo.server import Address, serving
     from vlm.loading import check_checkpoint, load_model
@@ -59,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
     import gradio  # noqa: F401 - if it is missing, say so before a large model is loaded
 
     logging.disable_progress_bar()
-    check_checkpoint(args.model)
-    model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
-    # The page shows the folder's name, and not where on this machine it lies.
-    name = (
-        "/".join(Path(args.model).resolve().parts[-3:]) if Path(args.model).is_dir() else args.model
-    )
+    sources = [args.model, *([args.compare] if args.compare else [])]
+    for source in sources:
+        check_checkpoint(source)
+    if args.compare:
+        check_fits(sources, args.dtype, free_bytes(args.device))
+    loaded = [load_model(source, dtype=args.dtype, device=args.device) for source in sources]
+    first, *other = [
+        (page_name(source), *parts) for source, parts in zip(sources, loaded, strict=True)
+    ]
     if args.share:
         print(
             "--share: all pictures and words of the page pass a server of Gradio's company, and "
@@ -72,10 +79,16 @@ def run(args: argparse.Namespace) -> int:
             + " can use it",
             file=sys.stderr,
         )
-    with serving(name, model, processor, limits, address) as url:
+    with serving(*first, limits, address, *other) as url:
         print(f"{args.model}: {url} (Ctrl-C ends it)", flush=True)
         _wait()
     return 0
+
+
+def page_name(source: str) -> str:
+    """Return what a model is called on the page: not where on this machine its folder lies."""
+    path = Path(source)
+    return "/".join(path.resolve().parts[-3:]) if path.is_dir() else source
 
 
 def _user_and_password(words: str | None) -> tuple[str, str] | None:

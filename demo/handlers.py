@@ -66,7 +66,7 @@ class Handlers:
             talk.chat.waiting = waiting
         for path, picture in kept:
             talk.chat.add_image(picture, name=path)
-        talk.question, talk.stopped = text, False
+        talk.put(text)
         return talk, shown(talk, say(words, "picture")), busy_box()
 
     def open_talk(self, talk: Talk | None, request: gr.Request) -> Talk:
@@ -168,7 +168,7 @@ class Handlers:
             raise UserError(say(words, "question_too_long", limit=self.served.limits.max_question))
         message = index if isinstance(index, int) else index[0]
         before = talk.chat.rewind(question_at(_messages(talk, request), message))
-        talk.question, talk.stopped = text or before, False
+        talk.put(text or before)
         return talk, _messages(talk, request), busy_box()
 
     def _new_chat(

@@ -3,13 +3,17 @@
 `build_page` mounts everything; a panel beside the chat is a function that takes the `Page`.
 """
 
+import html
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
 from demo.camera import mount_camera
+from demo.comparing import mount_comparing
 from demo.handlers import Handlers, stop
 from demo.labels import Labels
 from demo.page_parts import ALWAYS, AT_ONCE, Page
@@ -33,29 +37,44 @@ def build_page(served: Served) -> gr.Blocks:
     with gr.Blocks(title=f"{served.name} - vlm", analytics_enabled=False) as blocks:
         talk = gr.State(None, delete_callback=served.talks.forget)
         with gr.Row(elem_id="bar") as bar:
-            gr.HTML(f"<h1>{served.name}</h1>", elem_id="title", padding=False)
+            gr.HTML(_title(served), elem_id="title", padding=False)
             new_chat = labels.new(
                 gr.Button, {"value": "new_chat"}, size="sm", scale=0, elem_id="new-chat"
             )
         with gr.Row(elem_id="main"):
             with gr.Column(scale=3, elem_id="talk"):
-                chatbot = _chatbot(labels)
+                with gr.Row(elem_id="chats") as chats, gr.Column(min_width=0):
+                    if served.other is not None:
+                        gr.HTML(f"<h2>{html.escape(served.name)}</h2>", padding=False)
+                    chatbot = _chatbot(labels)
                 with gr.Column(scale=0, elem_id="above-box") as above_box:
                     pass
                 box = _question_box(labels)
             with gr.Column(scale=2, elem_id="beside", visible=False) as beside:
                 pass
         system, settings = _settings(labels)
-        page = Page(served, labels, talk, chatbot, box, system, settings, bar, above_box, beside)
+        page = Page(
+            *(served, labels, talk, chatbot, box, system, settings),
+            *(chats, bar, above_box, beside),
+        )
         handlers = Handlers(served)
-        answers = _wire(page, handlers, new_chat)
+        posts, answered, cleared = _wire(page, handlers, new_chat)
         mount_saving(page, handlers)
         mount_camera(page)
-        mount_seeing(page, answers)
+        mount_seeing(page, answered)
+        mount_comparing(page, posts, answered, cleared)
         blocks.load(labels.in_language, None, labels.components, **ALWAYS)
         blocks.unload(leave)
         blocks.load(_cards_in_language, None, chatbot, **ALWAYS)
     return blocks
+
+
+def _title(served: Served) -> str:
+    """Return the heading; two models' names stand over their conversations, and here unseen."""
+    if served.other is None:
+        return f"<h1>{html.escape(served.name)}</h1>"
+    both = html.escape(f"{served.name} · {served.other.name}")
+    return f'<h1 class="both">{both}</h1>'
 
 
 def _cards_in_language(request: gr.Request) -> gr.Chatbot:
@@ -112,8 +131,14 @@ def _settings(labels: Labels) -> tuple[gr.Textbox, list[Component]]:
     return system, settings
 
 
-def _wire(page: Page, handlers: Handlers, new_chat: gr.Button) -> list[Dependency]:
-    """Connect the parts with their handlers; return the events that give answers."""
+def _wire(
+    page: Page, handlers: Handlers, new_chat: gr.Button
+) -> tuple[list[Dependency], list[Dependency], list[Callable[..., Any]]]:
+    """Connect the parts with their handlers.
+
+    Returns:
+        the events that put questions, those that give answers, and what begins a new chat.
+    """
     talk, chatbot, box = page.talk, page.chatbot, page.box
     asked = [talk, chatbot, box]
     posts = [
@@ -137,6 +162,7 @@ def _wire(page: Page, handlers: Handlers, new_chat: gr.Button) -> list[Dependenc
         answered.failure(handlers.take_back, talk, [chatbot, box], **ALWAYS)
         given.append(answered)
     box.stop(stop, talk, None, **ALWAYS)
-    for event in (new_chat.click, chatbot.clear):
+    cleared: list[Callable[..., Any]] = [new_chat.click, chatbot.clear]
+    for event in cleared:
         event(handlers.new_chat, talk, asked, **ALWAYS)
-    return given
+    return posts, given, cleared

@@ -27,6 +27,7 @@ class Page:
     box: gr.MultimodalTextbox
     system: gr.Textbox
     settings: list[Component]  # temperature, top-p, longest reply, beams
+    chats: gr.Row  # the conversations, side by side
     bar: gr.Row  # buttons that open panels are mounted in here
     above_box: gr.Column  # such as the camera's picture
     beside: gr.Column  # panels are mounted in here, and make it visible

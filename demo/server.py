@@ -39,8 +39,9 @@ def serving(
     processor: VlmProcessor,
     limits: Limits,
     address: Address,
+    other: tuple[str, VlmForConditionalGeneration, VlmProcessor] | None = None,
 ) -> Iterator[str]:
-    """Serve a model while the block runs; yield the page's URL.
+    """Serve a model, or two side by side, while the block runs; yield the page's URL.
 
     Uploads and pictures lie in a folder of the server's own, which goes when it ends.
     """
@@ -53,7 +54,9 @@ def serving(
     from demo.page import CSS, SCRIPT, build_page
     from demo.talk import Served, Talks
 
-    served = Served(name, model, processor, limits, folder, Talks(limits.max_visitors))
+    talks = Talks(limits.max_visitors)
+    second = None if other is None else Served(*other, limits, folder, talks)
+    served = Served(name, model, processor, limits, folder, talks, second)
     local = address.host in ("127.0.0.1", "localhost", "::1") and not address.share
     blocks = build_page(served)
     blocks.queue(max_size=limits.max_waiting, default_concurrency_limit=8)

@@ -10,6 +10,7 @@ from typing import Any
 
 from demo.limits import Limits
 from vlm.chat_session import ChatSession, Sampling
+from vlm.image_processing import Medium
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
 
@@ -24,6 +25,18 @@ class Served:
     limits: Limits
     folder: Path  # pictures and uploads; the only folder whose files are given out
     talks: "Talks"
+    other: "Served | None" = None  # a second model that answers the same questions
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it was put, for a second model to answer: what came before, and what is new."""
+
+    messages: Sequence[dict[str, Any]]
+    images: Sequence[tuple[str, Medium]]
+    waiting: Sequence[tuple[str, Medium]]
+    question: str
+    system: str | None
 
 
 @dataclass(eq=False)
@@ -35,11 +48,22 @@ class Talk:
     question: str | None = None  # shown already, and not answered yet
     answering: bool = False
     stopped: bool = False  # the visitor wants no more of the reply
+    asked: Asked | None = None  # the last question
+    beside: "Talk | None" = None  # the same questions, put to a second model
+
+    def put(self, question: str) -> None:
+        """Let a question be answered, about what is waiting."""
+        self.question, self.stopped, chat = question, False, self.chat
+        self.asked = Asked(
+            *(list(chat.messages), list(chat.images), list(chat.waiting), question, chat.system)
+        )
 
     def stop(self) -> None:
         """End the reply, also one that has not begun."""
         self.stopped = True
         self.chat.stop()
+        if self.beside is not None:
+            self.beside.stop()
 
     def num_pictures(self) -> int:
         """Return how many pictures the conversation has, with those of the next question."""
@@ -107,6 +131,7 @@ def sweep_uploads(folder: Path, seconds: float = 3600) -> None:
 def _remove(talk: Talk) -> None:
     talk.stop()
     talk.chat.clear()
+    talk.asked = talk.beside = None
     shutil.rmtree(talk.folder, ignore_errors=True)
 
 

@@ -12,6 +12,7 @@ ENGLISH: Mapping[str, str] = {
     "sample_relation": "Left or right of the ball?",
     "sample_describe": "What is in the picture?",
     "conversation": "Conversation",
+    "second": "Conversation with the second model",
     "settings": "### Settings",
     "system": "System prompt",
     "system_info": "Counts from the next new chat on.",
@@ -42,6 +43,7 @@ ENGLISH: Mapping[str, str] = {
     "views_whole": "whole picture",
     "views_tiles": "tiles",
     "ask_first": "Ask about a picture; then this shows what the model saw.",
+    "no_video_map": "The conversation has a video; maps are drawn over pictures alone.",
     "no_places": "This model's connector keeps no places: each of its tokens may read the whole "
     "picture, so attention to them cannot be drawn on it.",
     "recurrent": "This model's language model is recurrent: it has no attention to draw.",
@@ -111,6 +113,7 @@ CHINESE: Mapping[str, str] = {
     "sample_relation": "在球的左边还是右边？",
     "sample_describe": "图中有什么？",
     "conversation": "对话",
+    "second": "与第二个模型的对话",
     "settings": "### 设置",
     "system": "系统提示",
     "system_info": "从下一次新对话起生效。",
@@ -140,6 +143,7 @@ CHINESE: Mapping[str, str] = {
     "views_whole": "整张图片",
     "views_tiles": "切块",
     "ask_first": "先就图片提问；然后这里会显示模型看到了什么。",
+    "no_video_map": "对话中有视频；目前只在图片上作图。",
     "no_places": "此模型的连接器不保留位置："
     "它的每个词元都可能读取整张图片，因此无法画出对它们的注意力。",
     "recurrent": "此模型的语言模型是循环网络：没有可以画出的注意力。",

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from demo.seeing.looked import (
     Choice,
@@ -47,9 +48,10 @@ class Seeing:
         messages = [] if talk is None else copy.deepcopy(talk.chat.messages)
         answer = _text(messages[-1]) if messages and messages[-1]["role"] == "assistant" else ""
         if not is_open or talk is None or not talk.chat.images or not answer.strip():
-            sentence = told_html(say(words, "ask_first"))
-            return [None, *[gr.update(visible=False)] * 5, *[sentence] * 4]
-        images = tuple(image for _, image in talk.chat.images)
+            return _nothing(say(words, "ask_first"))
+        images = tuple(image for _, image in talk.chat.images if isinstance(image, Image.Image))
+        if len(images) < len(talk.chat.images):
+            return _nothing(say(words, "no_video_map"))
         looked = Looked(
             images,
             answer,
@@ -102,6 +104,11 @@ class Seeing:
                 tiles_html(looked, picture, cutter, words),
                 boxes_html(looked, picture, cutter, words),
             ]
+
+
+def _nothing(sentence: str) -> list[Any]:
+    """Return what `look` gives where there is nothing to see, and why."""
+    return [None, *[gr.update(visible=False)] * 5, *[told_html(sentence)] * 4]
 
 
 def _choices(looked: Looked, picture: int, words: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
-from demo.page_parts import AT_ONCE, Page
+from demo.page_parts import ALWAYS, AT_ONCE, Page
 from demo.seeing.handlers import ALL, Seeing
 
 OF_MODEL: dict[str, Any] = {
@@ -44,7 +44,7 @@ def mount_seeing(page: Page, answered: Sequence[Dependency]) -> None:
                 boxes = gr.HTML(elem_id="boxes", padding=False)
     chosen = [words, picture, layer, head, views]
     shown = [looked, *chosen, heat, tiles, boxes, options]
-    toggled = button.click(_toggle, is_open, [is_open, page.beside], **AT_ONCE)
+    toggled = button.click(_toggle, is_open, [is_open, page.beside], **ALWAYS)
     for event in (toggled, *answered):
         event.success(
             seeing.look,
