@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-gr = pytest.importorskip("gradio", reason="gradio is not installed (make extras EXTRAS=demo)")
+pytest.importorskip("gradio", reason="gradio is not installed (make extras EXTRAS=demo)")
+
+from gradio import Error
 
 from demo.comparing import Second, follow, new_chat
 from demo.fits import check_fits, weights_bytes
@@ -86,7 +88,7 @@ def test_what_the_second_cannot_do_leaves_nothing_behind(both, tmp_path):
     talk = Talk(ChatSession(first.model, first.processor, Sampling()), tmp_path)
     talk.chat.add_image(Image.new("RGB", (64, 64)), "cat.png")
     talk.put("long " * 300)
-    with pytest.raises(gr.Error, match="tokens"):
+    with pytest.raises(Error, match="tokens"):
         list(Second(other).answer(talk, *SETTINGS, REQUEST))
     assert talk.beside.question is None and not talk.beside.chat.waiting
     assert not talk.beside.answering and said(talk.beside.chat) == []
