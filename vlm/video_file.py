@@ -187,6 +187,8 @@ def open_video(
                 sound = "sound alone" if container.streams.audio else "no pictures"
                 raise UserError(f"video {path} holds {sound}; there is nothing to see")
             stream = streams[0]
+            if stream.codec_context is None:
+                raise UserError(f"video {path} is coded in a way that PyAV does not know")
             _check_pixels(path, stream.width or 0, stream.height or 0, limits)
             if stream.duration is not None:
                 _check_seconds(path, float(stream.duration * stream.time_base), limits)

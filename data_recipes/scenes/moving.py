@@ -3,9 +3,9 @@
 Shapes: S clips, K object slots, F frames, P pixels per side. Slot 0 moves all the time, at an even
 pace; the next ones stand still; the last ones appear, each at a frame of its own.
 
-The first frame says nothing about what follows: the mover starts where it has room in all four
-directions, no other object stands on any of its four paths, and how many objects stand still is
-drawn apart from how many appear.
+The first frame says nothing about what follows: all objects in it stand where each would have room
+to move in all four directions, placed by one rule, and how many they are is drawn apart from how
+many appear. They may pass before or behind each other; what appears keeps off the mover's path.
 """
 
 from dataclasses import dataclass, fields
@@ -20,8 +20,8 @@ NUM_FRAMES = 12
 FRAMES_PER_SECOND = 6
 DIRECTIONS = ("left", "right", "up", "down")
 STEPS = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)], dtype=np.float64)  # x to the right, y down
-TRAVEL = 0.27  # share of the picture's side: more than two cells of eight
-START = (0.40, 0.60)  # where the mover's centre begins, on both axes
+TRAVEL = 0.22  # share of the picture's side: nearly two cells of eight
+START = (0.28, 0.72)  # where the centres of the first frame's objects are, on both axes
 NEAREST_HERE = 1.5  # objects are small enough to leave room for seven
 STANDING = (2, 3)  # objects that are there from the beginning, beside the mover
 MOST_APPEARING = 3
@@ -89,13 +89,13 @@ def sample_moving(
         ]
         z = NEAREST_HERE * (FARTHEST / NEAREST_HERE) ** rng.random(SLOTS)
         radius = OBJECT_RADIUS * FOCAL / z
-        x, y = _place(rng, radius, used)
+        x, y = _place(rng, radius, standing, used, STEPS[direction[row]])
         kinds = rng.permutation(len(COLOR_NAMES) * len(FLAT_SHAPES))[:SLOTS]
         values["exists"][row, used] = 1
         values["color"][row] = kinds % len(COLOR_NAMES)
         values["shape"][row] = kinds // len(COLOR_NAMES) + len(FLAT_SHAPES) * solid[row]
         values["x"][row], values["y"][row] = x, y
-        values["z"][row] = z if solid[row] else 1.0
+        values["z"][row] = z  # in flat scenes, only who is painted over whom
         values["radius"][row] = radius
         times = rng.permutation(APPEARING_AT)[: appearing[row]]
         appears[row, used[1 + standing :]] = times
@@ -111,19 +111,29 @@ def sample_moving(
 
 
 def _place(
-    rng: np.random.Generator, radius: np.ndarray, used: list[int]
+    rng: np.random.Generator, radius: np.ndarray, standing: int, used: list[int], step: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return centres (K,) of a clip's objects: apart from each other and from all four paths."""
+    """Return centres (K,) of a clip's objects, apart from each other.
+
+    Args:
+        rng: decides them.
+        radius: (K,) of each.
+        standing: how many of the first frame's do not move.
+        used: slots, the mover first, then those that stand, then those that appear.
+        step: (2,) where the mover goes.
+    """
+    moments = np.linspace(0, TRAVEL, NUM_FRAMES)[:, None]
     while True:
         x, y = np.full(SLOTS, -9.0), np.full(SLOTS, -9.0)
-        x[0], y[0] = rng.uniform(*START, 2)
-        for k in used[1:]:
+        for number, k in enumerate(used):
+            appears = number > standing
+            low, high = (radius[k], 1 - radius[k]) if appears else START
             for _ in range(TRIES):
-                at = rng.uniform(radius[k], 1 - radius[k], 2)
-                reach = SPACING * (radius[k] + radius)
-                apart = np.hypot(at[0] - x, at[1] - y) > reach
-                gap = np.abs(at - (x[0], y[0]))
-                if apart.all() and gap.min() > reach[0] * 0.9:
+                at = rng.uniform(low, high, 2)
+                apart = np.hypot(at[0] - x, at[1] - y) > SPACING * (radius[k] + radius)
+                path = np.array([x[0], y[0]]) + moments * step
+                off = np.hypot(*(at - path).T) > SPACING * (radius[k] + radius[0])
+                if apart.all() and (off.all() or not appears):
                     x[k], y[k] = at
                     break
             else:

@@ -43,16 +43,22 @@ def test_the_mover_moves_and_others_come(batch):
         assert times == sorted(set(times)) and all(0 < time < NUM_FRAMES for time in times)
 
 
-def test_the_first_frame_says_nothing(batch):
-    """The mover has room on all four sides, and nobody stands there, now or later."""
+def test_the_first_frame_says_nothing():
+    """Nobody can tell the mover by where it stands, how large it is, or how many there are."""
+    rng = np.random.default_rng(0)
+    batch = sample_moving(rng, np.arange(800) % 4, np.arange(800) // 4 % 4)
     scenes = batch.scenes
-    for row in range(len(batch)):
-        x, y, reach = scenes.x[row], scenes.y[row], scenes.radius[row, 0]
-        ends = np.array([x[0], y[0]]) + TRAVEL * STEPS
-        assert (ends > 0).all() and (ends < 1).all()
-        others = np.flatnonzero(scenes.exists[row])[1:]
-        gap = np.minimum(abs(x[others] - x[0]), abs(y[others] - y[0]))
-        assert (gap > 0.8 * reach).all()
+    standing = scenes.exists & (batch.appears == 0)
+    for values in (scenes.x, scenes.y, scenes.radius):
+        mover, others = values[:, 0], values[:, 1:][standing[:, 1:]]
+        assert abs(mover.mean() - others.mean()) < 4 * values[standing].std() / 800**0.5
+        assert abs(mover.std() / others.std() - 1) < 0.15
+    for axis in (scenes.x, scenes.y):
+        assert (axis[standing] - TRAVEL > 0).all() and (axis[standing] + TRAVEL < 1).all()
+    counts = standing.sum(1)
+    for number in range(4):
+        of = counts[np.arange(800) // 4 % 4 == number]
+        assert abs(of.mean() - 3.5) < 4 * 0.5 / 200**0.5  # 3 or 4, whatever appears
 
 
 def test_pictures_show_what_is_told(batch):
