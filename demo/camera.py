@@ -1,4 +1,4 @@
-"""How does a picture from the camera get into the question box?"""
+"""How does a picture or a film from the camera get into the question box?"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,35 +10,43 @@ from demo.page_parts import AT_ONCE, Page
 
 
 def mount_camera(page: Page) -> None:
-    """Add the button "Camera" to the bar, and the camera's picture above the question box."""
+    """Add the button "Camera" to the bar, and the camera above the question box."""
     with page.bar:
         toggle = page.labels.new(
             gr.Button, {"value": "camera"}, size="sm", scale=0, elem_id="camera-button"
         )
-    with page.above_box:
-        camera = page.labels.new(
+    with page.above_box, gr.Row(visible=False, elem_id="camera") as both:
+        photo = page.labels.new(
             gr.Image,
-            {"label": "camera"},
+            {"label": "picture"},
             sources=["webcam"],
             type="filepath",
             format="png",
             webcam_options=gr.WebcamOptions(mirror=False),
-            visible=False,
-            height=320,
-            elem_id="camera",
+            height=280,
+            elem_id="photo",
+        )
+        film = page.labels.new(
+            gr.Video,
+            {"label": "film"},
+            sources=["webcam"],
+            include_audio=False,
+            webcam_options=gr.WebcamOptions(mirror=False),
+            height=280,
+            elem_id="film",
         )
     is_open = gr.State(False)
 
-    def switch(was_open: bool) -> tuple[bool, dict[str, Any]]:
-        return not was_open, gr.update(visible=not was_open, value=None)
+    def switch(was_open: bool) -> list[Any]:
+        return [not was_open, gr.update(visible=not was_open), None, None]
 
-    def take(
-        picture: str | None, question: Mapping[str, Any]
-    ) -> tuple[bool, dict[str, Any], dict[str, Any]]:
-        if picture is None:
-            return True, gr.skip(), gr.skip()
-        box = idle_box(question["text"], [*question["files"], picture])
-        return False, gr.update(visible=False, value=None), box
+    def take(taken: str | None, question: Mapping[str, Any]) -> list[Any]:
+        if taken is None:
+            return [gr.skip()] * 5
+        box = idle_box(question["text"], [*question["files"], taken])
+        return [box, False, gr.update(visible=False), None, None]
 
-    toggle.click(switch, is_open, [is_open, camera], **AT_ONCE)
-    camera.input(take, [camera, page.box], [is_open, camera, page.box], **AT_ONCE)
+    parts = [is_open, both, photo, film]
+    toggle.click(switch, is_open, parts, **AT_ONCE)
+    photo.input(take, [photo, page.box], [page.box, *parts], **AT_ONCE)
+    film.stop_recording(take, [film, page.box], [page.box, *parts], **AT_ONCE)

@@ -15,7 +15,7 @@ import gradio as gr
 from demo.sample_questions import FOLDER, SAMPLES
 from demo.talk import Served, Talk, begin, question_at, shown
 from demo.told import language, told
-from demo.uploads import keep_picture
+from demo.uploads import keep_file
 from demo.wording import say
 from vlm.chat_session import Sampling
 from vlm.errors import UserError
@@ -58,14 +58,18 @@ class Handlers:
             raise UserError(say(words, "foreign_file"))
         if talk.num_pictures() + len(files) > limits.max_pictures:
             raise UserError(say(words, "too_many_pictures", limit=limits.max_pictures))
-        kept = [keep_picture(path, path.name, talk.folder, limits, words) for path in files]
+        before = talk.chat.waiting
+        talk.chat.waiting = []
+        try:
+            for path in files:
+                self._take(path, talk, words)
+        except BaseException:
+            talk.chat.waiting = before
+            raise
         if not talk.chat.messages:
-            talk.chat.system = system.strip() or None
-            waiting = talk.chat.waiting
+            waiting, talk.chat.system = talk.chat.waiting, system.strip() or None
             talk.chat.clear()
             talk.chat.waiting = waiting
-        for path, picture in kept:
-            talk.chat.add_image(picture, name=path)
         talk.put(text)
         return talk, shown(talk, say(words, "picture")), busy_box()
 
@@ -87,6 +91,15 @@ class Handlers:
         sample = SAMPLES[clicked.index]
         question = {"text": sample.question, "files": [str(sample.path)]}
         return self._post(question, system, talk, request)
+
+    def _take(self, path: Path, talk: Talk, words: str) -> None:
+        """Let a file wait for the next question.
+
+        Raises:
+            UserError: it is neither a picture nor a video, or exceeds a limit.
+        """
+        kept = keep_file(path, path.name, talk.chat, talk.folder, self.served.limits, words)
+        talk.chat.waiting.append(kept)
 
     def _answer(
         self,
@@ -112,6 +125,9 @@ class Handlers:
             max_new_tokens=int(max_new_tokens),
             num_beams=int(beams),
         )
+        left_out = talk.chat.fit_videos(talk.question)
+        if left_out is not None:
+            gr.Info(left_out)
         last, talk.answering = 0.0, True
         try:
             with closing(talk.chat.ask(talk.question)) as pieces:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Limits:
     """What is accepted; each is an option of `vlm demo`, whose name the errors use."""
 
-    max_file_mb: int = 20
+    max_file_mb: int = 100
     max_megapixels: int = 40
-    max_pictures: int = 16  # of one conversation
+    max_pictures: int = 16  # and videos, of one conversation
     max_video_seconds: int = 600
     max_waiting: int = 8  # questions in the queue, of all visitors
     max_requests: int = 120  # uploads and questions a minute, of one address
@@ -32,7 +32,7 @@ class Limits:
     @property
     def max_upload_bytes(self) -> int:
         """The largest request: several files at once, and what stands around them."""
-        return self.max_pictures * (self.max_file_bytes + 10_000)
+        return 4 * self.max_file_bytes
 
     @property
     def max_file_bytes(self) -> int:

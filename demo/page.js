@@ -4,9 +4,11 @@
   const chinese = navigator.language.toLowerCase().startsWith("zh");
   document.documentElement.lang = chinese ? "zh" : "en";
   const word = chinese ? "图片" : "Picture";
+  const frames = chinese ? "模型看到的帧及其时间" : "The frames that the model looks at, with their times";
   const name = () => {
-    document.querySelectorAll("#chat .message img").forEach((image, number) => {
-      const wanted = `${word} ${number + 1}`;
+    let number = 0;
+    document.querySelectorAll("#chat .message img").forEach((image) => {
+      const wanted = image.src.includes("/strip-") ? frames : `${word} ${++number}`;
       if (image.alt !== wanted) image.alt = wanted;
     });
     const toggle = document.querySelector("#settings .toggle-button");

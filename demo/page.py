@@ -106,7 +106,7 @@ def _question_box(labels: Labels) -> gr.MultimodalTextbox:
         elem_id="box",
         show_label=False,
         sources=["upload"],
-        file_types=["image"],
+        file_types=["image", "video"],
         file_count="multiple",
         autofocus=True,
         max_plain_text_length=8000,

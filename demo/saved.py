@@ -1,7 +1,7 @@
 """How is a conversation kept in one file that `vlm train` reads when it is unpacked?
 
     conversation.json     one record in LLaVA's form; its pictures are named from this folder
-    pictures/1.png ...    in the order in which they were shown
+    pictures/1.png, videos/2.mp4 ...    numbered as they were shown
 
 Questions without an answer are left out: a training record cannot have them.
 """
@@ -15,56 +15,61 @@ from typing import Any
 
 from data_recipes.records import Record, to_messages
 from demo.limits import Limits
-from demo.uploads import keep_picture
+from demo.uploads import keep_file
 from demo.wording import say
-from vlm.chat_session import ChatSession
+from vlm.chat_session import ChatSession, Medium
 from vlm.errors import UserError
+from vlm.video import SampledVideo
 
 RECORD = "conversation.json"
+FOLDERS = {"image": "pictures", "video": "videos"}
 MAX_RECORD = 4_000_000  # bytes
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A conversation as `ChatSession` holds it; pictures are (path of our copy, picture)."""
+    """A conversation as `ChatSession` holds it; `images` are (path of our copy, medium)."""
 
     system: str | None
     messages: list[dict[str, Any]]
-    images: list[tuple[str, Any]]
+    images: list[tuple[str, Medium]]
 
 
 def pack(chat: ChatSession, path: Path) -> bool:
     """Write a conversation and its pictures as a zip; False: nothing was answered yet."""
-    record = chat.to_record(path.stem)
-    turns, names = record["conversations"], [name for name, _ in chat.images]
+    turns = chat.to_record(path.stem)["conversations"]
     kept_turns = [turn for turn in turns[:1] if turn["from"] == "system"]
-    kept_names: list[str] = []
-    dialogue, seen = turns[len(kept_turns) :], 0
-    for question, answer in zip(dialogue[::2], dialogue[1::2], strict=True):
-        shown = names[seen : seen + question["value"].count("<image>")]
-        seen += len(shown)
-        if answer["value"].strip():
-            kept_turns += [question, answer]
-            kept_names += shown
-    if not any(turn["from"] == "gpt" for turn in kept_turns):
+    first, seen = len(kept_turns), 0
+    files: list[tuple[str, Medium]] = []
+    for number in range(first, len(turns) - 1, 2):
+        num = len(chat.messages[number]["content"]) - 1
+        if turns[number + 1]["value"].strip():
+            kept_turns += turns[number : number + 2]
+            files += chat.images[seen : seen + num]
+        seen += num
+    if len(kept_turns) == first:
         return False
-    inside = [f"pictures/{n}{Path(name).suffix}" for n, name in enumerate(kept_names, start=1)]
-    out: dict[str, Any] = {"id": path.stem}
-    if inside:
-        out["image"] = inside[0] if len(inside) == 1 else inside
-    text = json.dumps([out | {"conversations": kept_turns}], indent=2, ensure_ascii=False)
+    record: dict[str, Any] = {"id": path.stem}
     with zipfile.ZipFile(path, "w") as archive:
+        for number, (name, medium) in enumerate(files, start=1):
+            kind = "video" if isinstance(medium, SampledVideo) else "image"
+            inside = f"{FOLDERS[kind]}/{number}{Path(name).suffix}"
+            record.setdefault(kind, []).append(inside)
+            archive.write(name, inside)
+        record["conversations"] = kept_turns
+        text = json.dumps([record], indent=2, ensure_ascii=False)
         archive.writestr(RECORD, text + "\n")
-        for name, source in zip(inside, kept_names, strict=True):
-            archive.write(source, name)
     return True
 
 
-def unpack(source: Path, folder: Path, limits: Limits, language: str) -> Restored:
+def unpack(
+    source: Path, chat: ChatSession, folder: Path, limits: Limits, language: str
+) -> Restored:
     """Read a conversation that `pack` wrote, or any LLaVA-format JSON without pictures.
 
     Args:
         source: a zip, or a JSON file.
+        chat: whose model will look at them; it is not changed.
         folder: pictures are drawn anew into it.
         limits: the largest pictures, and how many.
         language: of the errors.
@@ -78,20 +83,21 @@ def unpack(source: Path, folder: Path, limits: Limits, language: str) -> Restore
     try:
         with zipfile.ZipFile(source) as archive:
             record = _record(_member(archive, RECORD, MAX_RECORD, language), language)
-            if len(record.images) > limits.max_pictures:
+            names = _in_shown_order(record)
+            if len(names) > limits.max_pictures:
                 raise UserError(say(language, "too_many_pictures", limit=limits.max_pictures))
-            pictures = []
-            for number, name in enumerate(record.images):
-                data = _member(archive, str(name), limits.max_file_bytes, language)
+            media = []
+            for number, name in enumerate(names):
+                data = _member(archive, name, limits.max_file_bytes, language)
                 given = folder / f"given-{number}"
                 given.write_bytes(data)
                 try:
-                    pictures.append(keep_picture(given, str(name), folder, limits, language))
+                    media.append(keep_file(given, name, chat, folder, limits, language))
                 finally:
                     given.unlink()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
         raise UserError(say(language, "no_conversation")) from error
-    return _restore(record, pictures, language)
+    return _restore(record, media, language)
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int, language: str) -> bytes:
@@ -130,22 +136,30 @@ def _record(data: bytes, language: str) -> Record:
     return to_messages(value, RECORD)
 
 
-def _restore(record: Record, pictures: list[tuple[str, Any]], language: str) -> Restored:
-    """Return what a record holds, pictures before the text of their turn.
+def _in_shown_order(record: Record) -> list[str]:
+    """Return the names of a record's pictures and videos in the order of their placeholders."""
+    names = {"image": map(str, record.images), "video": iter(record.videos)}
+    entries = (entry["type"] for message in record.messages for entry in message["content"])
+    return [next(names[kind]) for kind in entries if kind in names]
+
+
+def _restore(record: Record, media: list[tuple[str, Medium]], language: str) -> Restored:
+    """Return what a record holds, pictures and videos before the text of their turn.
 
     Raises:
-        UserError: it has pictures, but came without.
+        UserError: it has some, but came without.
     """
-    if len(record.images) != len(pictures):
-        raise UserError(say(language, "pictures_missing", count=len(record.images)))
+    count = len(record.images) + len(record.videos)
+    if count != len(media):
+        raise UserError(say(language, "pictures_missing", count=count))
     messages = [_in_order(message) for message in record.messages]
     system = messages[0]["content"][0]["text"] if messages[0]["role"] == "system" else None
-    return Restored(system, messages, pictures)
+    return Restored(system, messages, media)
 
 
 def _in_order(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message as `ChatSession` writes it; a picture's placeholder ends with a newline."""
-    pictures = [entry for entry in message["content"] if entry["type"] == "image"]
+    media = [entry for entry in message["content"] if entry["type"] != "text"]
     texts = (entry["text"] for entry in message["content"] if entry["type"] == "text")
     text = {"type": "text", "text": "".join(text.removeprefix("\n") for text in texts)}
-    return {"role": message["role"], "content": [*pictures, text]}
+    return {"role": message["role"], "content": [*media, text]}

@@ -46,7 +46,7 @@ def mount_saving(page: Page, handlers: Handlers) -> None:
         talk = handlers.open_talk(talk, request)
         if talk.question is not None or talk.answering:
             raise UserError(say(words, "still_answering"))
-        restored = unpack(Path(file), talk.folder, page.served.limits, words)
+        restored = unpack(Path(file), talk.chat, talk.folder, page.served.limits, words)
         talk.chat.clear()
         talk.chat.system = restored.system
         talk.chat.messages, talk.chat.images = restored.messages, restored.images

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from demo.limits import Limits
+from demo.strip import strip_file
 from vlm.chat_session import ChatSession, Sampling
 from vlm.image_processing import Medium
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
+from vlm.video import SampledVideo
 
 
 @dataclass(frozen=True)
@@ -143,23 +145,32 @@ def shown(talk: Talk, picture_word: str) -> list[dict[str, Any]]:
         picture_word: begins the pictures' alternative text.
     """
     turns = [message for message in talk.chat.messages if message["role"] != "system"]
-    names = [name for name, _ in [*talk.chat.images, *talk.chat.waiting]]
+    media = [*talk.chat.images, *talk.chat.waiting]
     if talk.question is not None:
         waiting = [{"type": "image"} for _ in talk.chat.waiting]
         text = {"type": "text", "text": talk.question}
         turns = [*turns, {"role": "user", "content": [*waiting, text]}]
-    messages, seen = [], 0
+    messages: list[dict[str, Any]] = []
+    seen = 0
     for turn in turns:
         num = len(turn["content"]) - 1
-        pictures = [
-            {"path": names[i], "alt_text": f"{picture_word} {i + 1}"}
-            for i in range(seen, seen + num)
+        files = [
+            {"path": path, "alt_text": f"{picture_word} {number + 1}"}
+            for number in range(seen, seen + num)
+            for path in _shown_files(*media[number])
         ]
         seen += num
-        if pictures:  # apart from the text: gradio's edit button fails in a mixed message
-            messages.append({"role": turn["role"], "content": pictures})
+        if files:  # apart from the text: gradio's edit button fails in a mixed message
+            messages.append({"role": turn["role"], "content": files})
         messages.append({"role": turn["role"], "content": turn["content"][-1]["text"]})
     return messages
+
+
+def _shown_files(path: str, medium: Any) -> list[str]:
+    """Return what is shown of a picture or video: itself, and of a video the frames looked at."""
+    if isinstance(medium, SampledVideo):
+        return [path, str(strip_file(medium, Path(path)))]
+    return [path]
 
 
 def question_at(messages: Sequence[Mapping[str, Any]], index: int) -> int:

@@ -1,6 +1,7 @@
-"""Which uploaded files are taken, and what is kept of them? Pictures, drawn anew."""
+"""Which uploaded files are taken, and what is kept of them? Pictures, drawn anew, and videos."""
 
 import secrets
+import shutil
 import warnings
 from pathlib import Path
 
@@ -8,12 +9,29 @@ from PIL import Image
 
 from demo.limits import Limits
 from demo.wording import say
+from vlm.chat_session import ChatSession, Medium
 from vlm.errors import UserError
 from vlm.images import load_image
+from vlm.video import VideoLimits
 
 # PIL reads many more, some by starting other programs (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ogv", ".mpg", ".mpeg", ".ts", ".flv")
+MAX_WORK_SECONDS = 30.0  # of finding and decoding a video's frames
 LOSSLESS_PIXELS = 1_000_000  # a larger picture is kept as JPEG: its PNG would take seconds
+
+
+def keep_file(
+    source: Path, name: str, chat: ChatSession, folder: Path, limits: Limits, language: str
+) -> tuple[str, Medium]:
+    """Keep a picture or, if its name says so, a video; see `keep_picture` and `keep_video`.
+
+    Raises:
+        UserError: it cannot be taken.
+    """
+    if Path(name).suffix.lower() in VIDEOS:
+        return keep_video(source, name, chat, folder, limits, language)
+    return keep_picture(source, name, folder, limits, language)
 
 
 def keep_picture(
@@ -47,6 +65,36 @@ def keep_picture(
     path = folder / f"{secrets.token_hex(8)}.{'png' if small else 'jpg'}"
     picture.save(path, quality=95)
     return str(path), picture if small else load_image(path)
+
+
+def keep_video(
+    source: Path, name: str, chat: ChatSession, folder: Path, limits: Limits, language: str
+) -> tuple[str, Medium]:
+    """Copy a video under a name of ours and decode the frames that the model looks at.
+
+    The file stays as it was uploaded; only the visitor's own browser plays it.
+
+    Returns:
+        the path of the copy, and the frames.
+
+    Raises:
+        UserError: the file is too large, no video, damaged, or longer than the limits.
+    """
+    if source.stat().st_size > limits.max_file_bytes:
+        raise UserError(say(language, "file_too_large", name=name, limit=limits.max_file_mb))
+    path = folder / f"{secrets.token_hex(8)}{Path(name).suffix.lower()}"
+    shutil.copyfile(source, path)
+    checks = VideoLimits(
+        max_seconds=limits.max_video_seconds,
+        max_pixels=limits.max_pixels,
+        max_work_seconds=MAX_WORK_SECONDS,
+    )
+    try:
+        chat.add_video(path, limits=checks)
+    except UserError as error:
+        path.unlink()
+        raise UserError(str(error).replace(str(path), name)) from error
+    return chat.waiting.pop()
 
 
 def _num_pixels(source: Path) -> float | None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 ENGLISH: Mapping[str, str] = {
     # the page
-    "ask": "Ask about a picture",
-    "greeting": "## Show a picture, ask about it\n"
+    "ask": "Ask about a picture or a video",
+    "greeting": "## Show a picture or a video, ask about it\n"
     "Drag it here, paste it, or take one with the camera. Or try one of these:",
     "sample_count": "How many are yellow?",
     "sample_depth": "Which one is nearer?",
@@ -80,9 +80,10 @@ ENGLISH: Mapping[str, str] = {
     "options_after": "Given that the answer began with “{text}”.",
     # said by the server
     "picture": "Picture",
+    "film": "Film",
     "file_too_large": "{name} is larger than the {limit} MB that are taken.",
     "too_many_pixels": "{name} has more than the {limit} million pixels that are taken.",
-    "no_picture": "{name} is no picture that can be read (PNG, JPEG, WebP, GIF, BMP, TIFF).",
+    "no_picture": "{name} is no picture (PNG, JPEG, WebP, GIF, BMP, TIFF) and no video.",
     "too_many_pictures": "A conversation can have {limit} pictures; begin a new chat.",
     "question_too_long": "The question has more than {limit} characters; shorten it.",
     "no_question": "Write a question first.",
@@ -105,9 +106,9 @@ ENGLISH: Mapping[str, str] = {
 }
 
 CHINESE: Mapping[str, str] = {
-    "ask": "就图片提问",
-    "greeting": "## 给一张图片，提一个问题\n"
-    "把图片拖到这里、粘贴，或用相机拍一张。也可以先试试这些：",
+    "ask": "就图片或视频提问",
+    "greeting": "## 给一张图片或一段视频，提一个问题\n"
+    "把文件拖到这里、粘贴，或用相机拍一张。也可以先试试这些：",
     "sample_count": "有几个黄色物体？",
     "sample_depth": "哪一个更近？",
     "sample_relation": "在球的左边还是右边？",
@@ -178,9 +179,10 @@ CHINESE: Mapping[str, str] = {
     "options_alt": "各选项逐层的概率；最后为 {ends}。",
     "options_after": "以回答开头为“{text}”为前提。",
     "picture": "图片",
+    "film": "录像",
     "file_too_large": "{name} 超过了 {limit} MB 的上限。",
     "too_many_pixels": "{name} 超过了 {limit} 百万像素的上限。",
-    "no_picture": "{name} 不是可读取的图片（PNG、JPEG、WebP、GIF、BMP、TIFF）。",
+    "no_picture": "{name} 不是图片（PNG、JPEG、WebP、GIF、BMP、TIFF），也不是视频。",
     "too_many_pictures": "一次对话最多 {limit} 张图片；请开始新对话。",
     "question_too_long": "问题超过 {limit} 个字符；请缩短。",
     "no_question": "请先写下问题。",

@@ -11,9 +11,10 @@ from PIL import Image
 from data_recipes.records import to_messages
 from demo.limits import Limits
 from demo.saved import MAX_RECORD, pack, unpack
-from demo.uploads import keep_picture
+from demo.uploads import keep_file, keep_picture
 from vlm.chat_session import ChatSession, Sampling
 from vlm.errors import UserError
+from vlm.video import SampledVideo
 
 LIMITS = Limits(max_file_mb=1, max_megapixels=1, max_pictures=3)
 
@@ -33,6 +34,35 @@ def chat(make_model, make_image, tmp_path: Path) -> ChatSession:
     return session
 
 
+@pytest.fixture
+def empty(make_model) -> ChatSession:
+    return ChatSession(*make_model(), Sampling())
+
+
+def test_a_video_is_kept_with_the_pictures_and_comes_back(
+    empty: ChatSession, make_clip, make_image, tmp_path: Path
+):
+    make_image().save(tmp_path / "cat.png")
+    make_clip(tmp_path / "clip.mp4", 20)
+    for name in ("cat.png", "clip.mp4", "cat.png"):
+        empty.waiting.append(keep_file(tmp_path / name, name, empty, tmp_path, LIMITS, "en"))
+    list(empty.ask("What happens?"))
+    empty.messages[-1]["content"][0]["text"] = "Stripes move."
+    assert pack(empty, tmp_path / "talk.zip")
+    with zipfile.ZipFile(tmp_path / "talk.zip") as archive:
+        (raw,) = json.loads(archive.read("conversation.json"))
+    record = to_messages(raw, "talk")
+    assert record.images == ("pictures/1.png", "pictures/3.png")
+    assert record.videos == ("videos/2.mp4",)
+    restored = unpack(tmp_path / "talk.zip", empty, tmp_path, LIMITS, "en")
+    assert restored.messages == empty.messages
+    (_, picture), (_, video), _ = restored.images
+    assert isinstance(video, SampledVideo) and isinstance(picture, Image.Image)
+    assert [frame.tobytes() for frame in video.frames] == [
+        frame.tobytes() for frame in empty.images[1][1].frames
+    ]
+
+
 def test_what_is_saved_is_a_record_that_training_takes(chat: ChatSession, tmp_path: Path):
     assert pack(chat, tmp_path / "talk.zip")
     with zipfile.ZipFile(tmp_path / "talk.zip") as archive:
@@ -46,7 +76,7 @@ def test_what_is_saved_is_a_record_that_training_takes(chat: ChatSession, tmp_pa
 
 def test_a_conversation_comes_back_as_it_was(chat: ChatSession, tmp_path: Path):
     assert pack(chat, tmp_path / "talk.zip")
-    restored = unpack(tmp_path / "talk.zip", tmp_path, LIMITS, "en")
+    restored = unpack(tmp_path / "talk.zip", chat, tmp_path, LIMITS, "en")
     kept = [message for n, message in enumerate(chat.messages) if n not in (3, 4)]
     assert restored.messages == kept and restored.system == "Be brief."
     assert [image.tobytes() for _, image in restored.images] == [
@@ -106,13 +136,13 @@ FILES: dict[str, tuple[dict[str, bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_zips_that_are_refused(case: str, tmp_path: Path):
+def test_zips_that_are_refused(case: str, empty: ChatSession, tmp_path: Path):
     files, words = FILES[case]
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     with pytest.raises(UserError, match=words):
-        unpack(tmp_path / "x.zip", tmp_path, LIMITS, "en")
+        unpack(tmp_path / "x.zip", empty, tmp_path, LIMITS, "en")
 
 
 @pytest.mark.parametrize(
@@ -122,14 +152,16 @@ def test_zips_that_are_refused(case: str, tmp_path: Path):
         (json.dumps([RECORD]).encode(), "names 1 pictures; open the zip"),
     ],
 )
-def test_other_files_that_are_refused(content: bytes, words: str, tmp_path: Path):
+def test_other_files_that_are_refused(
+    content: bytes, words: str, empty: ChatSession, tmp_path: Path
+):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError, match=words):
-        unpack(tmp_path / "x.json", tmp_path, LIMITS, "en")
+        unpack(tmp_path / "x.json", empty, tmp_path, LIMITS, "en")
 
 
-def test_a_record_without_pictures_can_be_opened_alone(tmp_path: Path):
+def test_a_record_without_pictures_can_be_opened_alone(empty: ChatSession, tmp_path: Path):
     record = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
     (tmp_path / "x.json").write_text(json.dumps([record]))
-    restored = unpack(tmp_path / "x.json", tmp_path, LIMITS, "en")
+    restored = unpack(tmp_path / "x.json", empty, tmp_path, LIMITS, "en")
     assert [m["content"][0]["text"] for m in restored.messages] == ["Hi", "Ho"]
