@@ -59,7 +59,7 @@ def test_pictures_and_words_go_to_the_model_and_its_words_come_back(demo, open_p
     assert page.locator("#chat .message img").count() == 2
     settled(page)
     page.click("#new-chat")
-    page.get_by_text("Show a picture, ask about it").wait_for()
+    page.get_by_text("Show a picture or a video, ask about it").wait_for()
     assert page.locator("#chat .message").count() == 0
 
 
@@ -126,7 +126,7 @@ def test_a_refused_file_is_told_and_the_question_stays(demo, open_page, pictures
     page = open_page()
     attach(page, [str(tmp_path / "program.png"), pictures[0]])
     ask(page, "What is it?")
-    page.get_by_text("program.png is no picture that can be read").wait_for()
+    page.get_by_text("program.png is no picture (PNG").wait_for()
     assert page.input_value("#box textarea") == "What is it?"
     assert not page.locator("#chat .error").is_visible()
     page.locator("#box .thumbnail-item .delete-button").first.click()
