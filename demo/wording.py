@@ -43,7 +43,10 @@ ENGLISH: Mapping[str, str] = {
     "views_whole": "whole picture",
     "views_tiles": "tiles",
     "ask_first": "Ask about a picture; then this shows what the model saw.",
-    "no_video_map": "The conversation has a video; maps are drawn over pictures alone.",
+    "place_in_time": "{place}, at {seconds} s",
+    "frames_caption": "{frames} frames, each {rows} × {cols} tokens: {tokens} tokens in all.",
+    "frames_alt": "The {frames} frames of video {number} that the model sees, with their times.",
+    "no_boxes_on_videos": "Boxes are drawn on pictures, not on videos.",
     "no_places": "This model's connector keeps no places: each of its tokens may read the whole "
     "picture, so attention to them cannot be drawn on it.",
     "recurrent": "This model's language model is recurrent: it has no attention to draw.",
@@ -144,7 +147,10 @@ CHINESE: Mapping[str, str] = {
     "views_whole": "整张图片",
     "views_tiles": "切块",
     "ask_first": "先就图片提问；然后这里会显示模型看到了什么。",
-    "no_video_map": "对话中有视频；目前只在图片上作图。",
+    "place_in_time": "{seconds} 秒时{place}",
+    "frames_caption": "{frames} 帧，每帧 {rows} × {cols} 个词元：共 {tokens} 个词元。",
+    "frames_alt": "模型所见的视频 {number} 的 {frames} 帧及其时间。",
+    "no_boxes_on_videos": "方框只画在图片上，不画在视频上。",
     "no_places": "此模型的连接器不保留位置："
     "它的每个词元都可能读取整张图片，因此无法画出对它们的注意力。",
     "recurrent": "此模型的语言模型是循环网络：没有可以画出的注意力。",

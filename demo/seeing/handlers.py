@@ -5,6 +5,7 @@ Looking runs the model and waits in its queue; drawing does not.
 
 import copy
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -22,8 +23,10 @@ from demo.seeing.pictures import told_html
 from demo.talk import Served, Talk
 from demo.told import language, told
 from demo.wording import say
+from vlm.image_processing import Medium
 from vlm.seeing.answer_attention import AnswerAttention, Views, answer_attention, why_no_map
 from vlm.seeing.option_depth import OptionDepth, option_depth, question_options
+from vlm.video import SampledVideo
 
 ALL = -1  # of a layer or a head: the mean of all
 
@@ -49,31 +52,31 @@ class Seeing:
         answer = _text(messages[-1]) if messages and messages[-1]["role"] == "assistant" else ""
         if not is_open or talk is None or not talk.chat.images or not answer.strip():
             return _nothing(say(words, "ask_first"))
-        images = tuple(image for _, image in talk.chat.images if isinstance(image, Image.Image))
-        if len(images) < len(talk.chat.images):
-            return _nothing(say(words, "no_video_map"))
+        media = tuple(medium for _, medium in talk.chat.images)
         looked = Looked(
-            images,
+            media,
             answer,
-            self._attention(messages, images),
-            self._options(messages, images),
+            self._attention(messages, media),
+            self._options(messages, media),
         )
-        last = len(images) - 1
+        last = len(media) - 1
         drawn = self._draw_all(looked, last, Choice(), words)
         with self._drawing:
             options = options_html(looked, words)
         return [looked, *_choices(looked, last, words), *drawn, options]
 
-    def _attention(self, messages: list, images: tuple) -> AnswerAttention | str:
+    def _attention(self, messages: list, media: Sequence[Medium]) -> AnswerAttention | str:
         reason = why_no_map(self.served.model)
         if reason is not None:
             return reason
-        return answer_attention(self.served.model, self.served.processor, messages, images)
+        parts = (self.served.model, self.served.processor)
+        return answer_attention(*parts, messages, *_apart(media))
 
-    def _options(self, messages: list, images: tuple) -> OptionDepth | str:
+    def _options(self, messages: list, media: Sequence[Medium]) -> OptionDepth | str:
         if not question_options(_text(messages[-2])):
             return "no_options"
-        return option_depth(self.served.model, self.served.processor, messages, images)
+        parts = (self.served.model, self.served.processor)
+        return option_depth(*parts, messages, *_apart(media))
 
     def _draw(
         self,
@@ -106,6 +109,12 @@ class Seeing:
             ]
 
 
+def _apart(media: Sequence[Medium]) -> tuple[list[Image.Image], list[SampledVideo]]:
+    """Return pictures and videos, each in order."""
+    images = [medium for medium in media if isinstance(medium, Image.Image)]
+    return images, [medium for medium in media if isinstance(medium, SampledVideo)]
+
+
 def _nothing(sentence: str) -> list[Any]:
     """Return what `look` gives where there is nothing to see, and why."""
     return [None, *[gr.update(visible=False)] * 5, *[told_html(sentence)] * 4]
@@ -113,7 +122,7 @@ def _nothing(sentence: str) -> list[Any]:
 
 def _choices(looked: Looked, picture: int, words: str) -> list[dict[str, Any]]:
     """Return the updates of what can be chosen: words, picture, layer, head, views."""
-    pictures = [(str(number + 1), number) for number in range(len(looked.images))]
+    pictures = [(str(number + 1), number) for number in range(len(looked.media))]
     of_picture = gr.update(choices=pictures, value=picture, visible=len(pictures) > 1)
     attention = looked.attention
     if isinstance(attention, str):

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from demo.seeing.boxes_figure import draw_boxes
+from demo.seeing.frames_figure import draw_frames
 from demo.seeing.heat_figure import draw_heat
 from demo.seeing.options_figure import draw_options
 from demo.seeing.pictures import PAPER, as_html, told_html
 from demo.wording import say
 from vlm.answers import LETTERS
-from vlm.image_processing import VlmImageProcessor
+from vlm.image_processing import Medium, VlmImageProcessor
 from vlm.seeing.answer_attention import AnswerAttention, Views
 from vlm.seeing.boxes import NamedBox, boxes_in, on_image
 from vlm.seeing.heat_map import heat_map, map_size
@@ -26,6 +27,8 @@ from vlm.seeing.token_places import canvas_box
 from vlm.tiles_figure import draw_tiles, draw_tokens, split, token_arithmetic
 from vlm.tiles_view import view_of_processor
 from vlm.tiling import PadTiling
+from vlm.video import SampledVideo
+from vlm.video_layout import num_video_tokens, pooled_grid
 
 MAX_BEFORE = 80  # characters of an answer that a caption repeats
 
@@ -35,16 +38,21 @@ class Looked:
     """An answered question.
 
     Attributes:
-        images: of the conversation.
+        media: pictures and videos of the conversation.
         answer: the last one.
         attention: of its words, or the key of the sentence that says why there is none.
         options: of the question, or the key of such a sentence.
     """
 
-    images: tuple[Image.Image, ...]
+    media: tuple[Medium, ...]
     answer: str
     attention: AnswerAttention | str
     options: OptionDepth | str
+
+    @property
+    def num_images(self) -> int:
+        """Return how many pictures there are, on which the tilings of some models depend."""
+        return sum(isinstance(medium, Image.Image) for medium in self.media)
 
 
 @dataclass(frozen=True)
@@ -63,17 +71,26 @@ def heat_html(looked: Looked, image: int, choice: Choice, language: str) -> str:
     if isinstance(attention, str):
         return told_html(say(language, attention))
     weights = attention.on_image(image, choice.words, choice.layer, choice.head, choice.views)
-    picture = looked.images[image]
-    made = heat_map(weights, attention.places[image], picture.size, map_size(picture.size))
+    places, medium = attention.places[image], looked.media[image]
+    pictures = [medium] if isinstance(medium, Image.Image) else list(medium.frames)
+    size = map_size(pictures[0].size)
+    maps = [
+        heat_map(weights * (places.frame == number), places, pictures[0].size, size).cells
+        for number in range(len(pictures))
+    ]
+    strongest = max(range(len(maps)), key=lambda number: float(maps[number].max()))
     chosen = [attention.words[number].text for number in choice.words]
     words = ", ".join(say(language, "quoted", word=word) for word in chosen)
     known = {
         "words": words or say(language, "whole_answer"),
-        "place": say(language, f"place_{_ninth(made.cells)}"),
+        "place": say(language, f"place_{_ninth(maps[strongest])}"),
     }
-    share = f"{float(made.cells.sum()):.0%}"
+    if isinstance(medium, SampledVideo):
+        time = f"{medium.times[strongest]:.1f}"
+        known["place"] = say(language, "place_in_time", place=known["place"], seconds=time)
+    share = f"{float(sum(cells.sum() for cells in maps)):.0%}"
     return as_html(
-        draw_heat(picture, made.cells),
+        draw_heat(pictures, maps),
         say(language, "heat_alt", number=image + 1, **known),
         [say(language, "heat_caption", share=share, **known)],
     )
@@ -88,7 +105,10 @@ def _ninth(cells: torch.Tensor) -> int:
 
 def tiles_html(looked: Looked, image: int, processor: VlmImageProcessor, language: str) -> str:
     """Return how an image is cut, and which tokens it becomes."""
-    view = view_of_processor(processor, looked.images[image], len(looked.images))
+    medium = looked.media[image]
+    if isinstance(medium, SampledVideo):
+        return _frames_html(medium, image, processor, language)
+    view = view_of_processor(processor, medium, looked.num_images)
     figure = Figure(figsize=(7.0, 3.7), facecolor=PAPER)
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.01, wspace=0.04)
@@ -116,10 +136,24 @@ def tiles_html(looked: Looked, image: int, processor: VlmImageProcessor, languag
     return as_html(figure, alt, [caption, *ends])
 
 
+def _frames_html(
+    video: SampledVideo, number: int, processor: VlmImageProcessor, language: str
+) -> str:
+    """Return the frames of a video that the model sees, and the tokens they become."""
+    figure = draw_frames(processor.frame_views(video), video.times)
+    rows, cols = pooled_grid(processor.view_token_grid, processor.video_config)
+    tokens = num_video_tokens(len(video.frames), processor.view_token_grid, processor.video_config)
+    known = {"frames": len(video.frames), "rows": rows, "cols": cols, "tokens": tokens}
+    alt = say(language, "frames_alt", number=number + 1, frames=len(video.frames))
+    return as_html(figure, alt, [say(language, "frames_caption", **known)])
+
+
 def boxes_html(looked: Looked, image: int, processor: VlmImageProcessor, language: str) -> str:
     """Return an image with the boxes of the answer."""
-    picture = looked.images[image]
-    view = view_of_processor(processor, picture, len(looked.images))
+    picture = looked.media[image]
+    if isinstance(picture, SampledVideo):
+        return told_html(say(language, "no_boxes_on_videos"))
+    view = view_of_processor(processor, picture, looked.num_images)
     padded = isinstance(view.tiling, PadTiling)
     shown = canvas_box(picture.size, view.tiling, view.view_size, (1, 1)) if padded else None
     drawn, captions = [], []

@@ -20,6 +20,8 @@ from vlm.processing import IGNORE, VlmProcessor
 from vlm.seeing.passes import LastPositions, eager_attention, last_positions
 from vlm.seeing.token_places import TokenPlaces, token_places
 from vlm.seeing.words import Word, words_of
+from vlm.tiling import plan_of
+from vlm.video import SampledVideo
 
 RECORDED_ELEMENTS = 2**26  # weights of all layers held at once in one piece: 256 MB in float32
 KEPT_ELEMENTS = 2**25  # kept of an answer: 64 MB in half precision; above it heads are averaged
@@ -34,8 +36,8 @@ class AnswerAttention:
         words: of the answer.
         weights: (M, H, A, I) half precision, of each of the answer's tokens on the images' tokens;
             H is 1 where the heads were averaged to save memory.
-        places: where the tokens of each image look.
-        sizes: (width, height) of each image.
+        places: where the tokens of each image or video look, in the placeholders' order.
+        sizes: (width, height) of each.
     """
 
     words: tuple[Word, ...]
@@ -51,7 +53,7 @@ class AnswerAttention:
         head: int | None = None,
         views: Views = "all",
     ) -> Tensor:
-        """Return (K,) the share of attention that rests on each token of an image.
+        """Return (K,) the share of attention that rests on each token of an image or video.
 
         Args:
             image: its number.
@@ -80,6 +82,7 @@ def answer_attention(
     processor: VlmProcessor,
     messages: Sequence[Mapping[str, Any]],
     images: Sequence[Image.Image],
+    videos: Sequence[SampledVideo] = (),
 ) -> AnswerAttention:
     """Return what the last answer of a conversation attends to.
 
@@ -88,13 +91,14 @@ def answer_attention(
         processor: its processor.
         messages: up to and with the answer, see `vlm.conversations`.
         images: decoded, in order.
+        videos: sampled, in order.
 
     Raises:
         UserError: there is no image or no answer; the connector keeps no places, the language
             model has no attention, or its weights would take too much memory at once.
     """
-    cells = _cells(model, len(images))
-    encoded = processor.encode(messages, images, supervise=True)
+    cells = _cells(model, len(images) + len(videos))
+    encoded = processor.encode(messages, images, videos=videos, supervise=True)
     start, stop = _last_answer(encoded["labels"])
     words = words_of(processor.tokenizer, encoded["input_ids"][start:stop].tolist())
     if not words:
@@ -106,12 +110,12 @@ def answer_attention(
     with eager_attention(model.model.language_model):
         rows = _rows(run, start - 1, stop - 1, is_image.nonzero()[:, 0])
     sizes = [(width, height) for height, width in encoded["image_sizes"].tolist()]
-    plans = [model.model.tiling.plan_of_grid((r, c)) for r, c in encoded["tile_grids"].tolist()]
     parts = model.model
+    plans = [plan_of(parts.tiling, (r, c)) for r, c in encoded["tile_grids"].tolist()]
     places = [
         token_places(
             *(size, parts.tiling, parts.vision_tower.image_size),
-            *(parts.view_token_grid(), cells, plan),
+            *(parts.view_token_grid(), cells, plan, parts.video),
         )
         for size, plan in zip(sizes, plans, strict=True)
     ]

@@ -29,7 +29,7 @@ FORMS = re.compile(
     rf"|(?P<double>\[\s*\[{NUMBERS}\](?:\s*,?\s*\[{NUMBERS}\])*\s*\])"
     rf"|(?P<single>\[{NUMBERS}\])"
     rf"|(?P<pairs>{PAIRS})"
-    r"|(?P<tagged><box>.*?</box>)",
+    r"|(?P<tagged><box>(?:(?!<box>).)*?</box>)",
     re.S,
 )
 REF = re.compile(

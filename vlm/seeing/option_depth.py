@@ -21,6 +21,7 @@ from vlm.modeling import VlmForConditionalGeneration
 from vlm.option_scores import Continuations, branches, continuations, options_behind
 from vlm.processing import VlmProcessor
 from vlm.seeing.passes import LastPositions, last_positions
+from vlm.video import SampledVideo
 
 OPTION = re.compile(
     r"(?:^|(?<=[\s(,;:?.]))\(?([A-Z])[).:]\s+(\S[^\n]*?)(?=\s*\(?[A-Z][).:]\s|\s*$)", re.M
@@ -72,6 +73,7 @@ def option_depth(
     processor: VlmProcessor,
     messages: Sequence[Mapping[str, Any]],
     images: Sequence[Image.Image],
+    videos: Sequence[SampledVideo] = (),
 ) -> OptionDepth:
     """Return how likely each option of a conversation's last question is, layer by layer.
 
@@ -83,6 +85,7 @@ def option_depth(
         processor: its processor.
         messages: up to the question, or its answer; see `vlm.conversations`.
         images: decoded, in order.
+        videos: sampled, in order.
 
     Raises:
         UserError: the question has no options, or the model's final norm was not found.
@@ -100,7 +103,7 @@ def option_depth(
     option_texts, before = options_behind(reply, reply_ids, reading.position, len(texts))
     option_ids = tokenizer(option_texts, add_special_tokens=False)["input_ids"]
     options = continuations([[*before, *ids] for ids in option_ids], reply_ids)
-    encoded = processor.encode(messages, images, add_generation_prompt=True)
+    encoded = processor.encode(messages, images, videos=videos, add_generation_prompt=True)
     scores = score_by_layer(model, processor, encoded, options)
     return OptionDepth(texts, scores, reply[: reading.position], chosen)
 

@@ -1,4 +1,4 @@
-"""Which part of an image was each of its tokens made from?
+"""Which part of an image, or of a video's frame, was each of its tokens made from?
 
 Shapes: T views, (h, w) tokens per view as a grid, N tokens per view, K num_image_tokens.
 
@@ -16,8 +16,17 @@ from torch import Tensor
 
 from connectors.base import TokenCells
 from vlm.tile_grids import fit_inside, hd_size
-from vlm.tiling import AnyresTiling, HdTiling, PadTiling, Size, Tiling, ViewPlan
+from vlm.tiling import (
+    AnyresTiling,
+    HdTiling,
+    PadTiling,
+    ResizeTiling,
+    Size,
+    Tiling,
+    ViewPlan,
+)
 from vlm.token_layout import lay_out, mosaic_size
+from vlm.video_layout import VideoConfig, pooled_grid
 
 Box = tuple[float, float, float, float]
 
@@ -30,10 +39,12 @@ class TokenPlaces:
         boxes: (K, 4) left, top, right, bottom in pixels of the image; NaN where a token has no
             place: row ends, separators, a connector's own ends.
         whole: (K,) bool, whether the token belongs to the view of the whole image beside tiles.
+        frame: (K,) int, the frame of a video; 0 in images.
     """
 
     boxes: Tensor
     whole: Tensor
+    frame: Tensor
 
 
 def token_places(
@@ -43,8 +54,9 @@ def token_places(
     token_grid: Size,
     cells: TokenCells,
     plan: ViewPlan,
+    video: VideoConfig | None = None,
 ) -> TokenPlaces:
-    """Return where each token of an image looks.
+    """Return where each token of an image, or of a video, looks.
 
     Args:
         image_size: (width, height) in pixels.
@@ -52,24 +64,37 @@ def token_places(
         view_size: S, the side of a view in pixels.
         token_grid: (h, w) tokens of one view, as the layout has them.
         cells: where these tokens look in a view.
-        plan: the views of this image.
+        plan: the views of this image, or the frames of this video.
+        video: how videos are laid out.
     """
+    if plan.frames and video is not None and video.pool == "max":  # the grid is the average's
+        video = replace(video, pool="average")
     seen = list(view_boxes(image_size, tiling, view_size, plan))
     boxes = torch.tensor([_cell_boxes(box, cells) for box in seen], dtype=torch.float64)
     is_whole = torch.zeros(len(seen), len(cells.cells), 1, dtype=boxes.dtype)
+    frame = torch.zeros_like(is_whole)
+    if plan.frames:
+        frame += torch.arange(plan.frames)[:, None, None]
     if plan.whole != "none" and len(seen) > 1:
         is_whole[0 if plan.whole == "first" else -1] = 1
     has_place = (~boxes[..., :1].isnan()).to(boxes.dtype)
-    nowhere = torch.zeros(6, dtype=boxes.dtype)
+    nowhere = torch.zeros(7, dtype=boxes.dtype)
     placed = lay_out(
-        torch.cat([boxes.nan_to_num(0.0), is_whole, has_place], dim=-1),
+        torch.cat([boxes.nan_to_num(0.0), is_whole, has_place, frame], dim=-1),
         *(image_size, tiling, view_size, token_grid),
         newline=nowhere,
         grid=plan.grid,
         separator=nowhere,
+        video=video,
     )
-    laid_out = placed[:, :4].masked_fill(placed[:, 5:] < 1 - 1e-6, nan)
-    places = TokenPlaces(laid_out, placed[:, 4] == 1)
+    laid_out = placed[:, :4].masked_fill(placed[:, 5:6] < 1 - 1e-6, nan)
+    places = TokenPlaces(laid_out, placed[:, 4] == 1, placed[:, 6].round().long())
+    if plan.frames:
+        assert video is not None, "a video's tokens need its config"
+        if video.pool == "bilinear":
+            rows, cols = pooled_grid(token_grid, video)
+            return _grown(places, token_grid[1] / cols, token_grid[0] / rows)
+        return _grown(places, video.stride, video.stride)
     if isinstance(tiling, AnyresTiling) and tiling.max_tiles is not None and plan.grid != (0, 0):
         full = mosaic_size(image_size, replace(tiling, max_tiles=None), plan.grid, token_grid)
         kept = mosaic_size(image_size, tiling, plan.grid, token_grid)
@@ -79,6 +104,10 @@ def token_places(
 
 def view_boxes(image_size: Size, tiling: Tiling, view_size: int, plan: ViewPlan) -> Iterator[Box]:
     """Yield what part of the image each view shows, in the plan's order."""
+    if plan.frames:
+        square = PadTiling() if tiling.pads_frames else ResizeTiling()
+        yield from [canvas_box(image_size, square, view_size, (1, 1))] * plan.frames
+        return
     canvas = canvas_box(image_size, tiling, view_size, plan.grid)
     whole = canvas
     if plan.grid != (0, 0) and not tiling.pads_whole:
@@ -136,6 +165,5 @@ def _grown(places: TokenPlaces, across: float, down: float) -> TokenPlaces:
     centre = (low + high) / 2
     grown = torch.cat([centre - half, centre + half], dim=1)
     return TokenPlaces(
-        torch.where(places.whole[:, None], places.boxes, grown),
-        places.whole,
+        torch.where(places.whole[:, None], places.boxes, grown), places.whole, places.frame
     )

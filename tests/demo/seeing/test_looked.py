@@ -17,7 +17,8 @@ from vlm.seeing.answer_attention import AnswerAttention
 from vlm.seeing.option_depth import OptionDepth
 from vlm.seeing.token_places import token_places
 from vlm.seeing.words import Word
-from vlm.tiling import build_tiling
+from vlm.tiling import build_tiling, plan_of
+from vlm.video import SampledVideo
 
 SIZE = (80, 40)
 NO_OPTIONS = "The question has no options"
@@ -59,6 +60,24 @@ def test_tiles_tell_the_count(tiling):
     rows, cols = processor.plan(SIZE).grid
     assert alt(html).startswith(f"Picture 1 cut into {rows} × {cols} tiles")
     assert ("Orange" in html) == (tiling in ("anyres", "hd"))
+
+
+def test_the_frames_of_a_video_are_drawn_with_their_times():
+    processor = VlmImageProcessor(32, (4, 4), {"type": "resize"})
+    frames = (Image.new("RGB", SIZE, "teal"),) * 3
+    video = SampledVideo(frames, (0.0, 1.5, 3.0), 4.0, 100)
+    tiling, cells = build_tiling({"type": "resize"}), TokenCells(4, 4, tuple(range(16)))
+    grids = (32, (4, 4), cells, plan_of(tiling, (0, 3)), processor.video_config)
+    places = token_places(SIZE, tiling, *grids)
+    weights = torch.zeros(1, 1, 1, 12)  # 2 x 2 tokens of each frame are left
+    weights[..., 7] = 0.5
+    attention = AnswerAttention((Word("cat", 0, 1),), weights, (places,), (SIZE,))
+    seen = Looked((video,), "[0.1, 0.1, 0.5, 0.5]", attention, "no_options")
+    html = heat_html(seen, 0, Choice(), "en")
+    assert "strongest at the bottom right, at 1.5 s." in alt(html) and "50%" in html
+    html = tiles_html(seen, 0, processor, "en")
+    assert "3 frames, each 2 × 2 tokens: 12 tokens in all." in html and "3 frames" in alt(html)
+    assert "not on videos" in boxes_html(seen, 0, processor, "en")
 
 
 def test_boxes_are_drawn_and_faults_told():

@@ -6,10 +6,13 @@ import torch
 from PIL import Image
 
 from connectors.base import TokenCells
+from vlm.image_processing import VlmImageProcessor
 from vlm.seeing.heat_map import heat_map, map_size
 from vlm.seeing.token_places import canvas_box, token_places
-from vlm.tiling import build_tiling
+from vlm.tiling import build_tiling, plan_of
 from vlm.token_layout import lay_out, num_image_tokens
+from vlm.video import SampledVideo
+from vlm.video_layout import VideoConfig
 
 SIDE, GRID = 32, (4, 4)
 TILINGS = [
@@ -128,3 +131,30 @@ def test_as_many_places_as_tokens():
     for config in TILINGS:
         tiling, plan, places = places_of(config, (97, 61))
         assert len(places.boxes) == num_image_tokens((97, 61), tiling, SIDE, GRID, plan.grid)
+
+
+@pytest.mark.parametrize("tiling", ["resize", "pad", "anyres"])
+@pytest.mark.parametrize("newline", ["grid", "frame", "one_token", "no_token"])
+@pytest.mark.parametrize("pool", ["bilinear", "average", "max"])
+def test_a_light_in_a_videos_frame_is_found_in_that_frame(tiling, newline, pool):
+    cutter = VlmImageProcessor(SIDE, (6, 6), {"type": tiling}, (0, 0, 0))
+    config = VideoConfig(pool=pool, stride=2, newline=newline)
+    plan = plan_of(build_tiling(cutter.tiling), (0, 3))
+    frames = [Image.new("RGB", (80, 48)) for _ in range(3)]
+    x, y = 54, 20
+    frames[2].paste("white", (x - 4, y - 4, x + 4, y + 4))
+    video = SampledVideo(tuple(frames), (0.0, 1.0, 2.0), 3.0, 3)
+    views = [view.convert("L").resize((6, 6)) for view in cutter.frame_views(video)]
+    light = torch.from_numpy(np.stack([np.asarray(view) for view in views])).double()
+    known = ((80, 48), build_tiling(cutter.tiling), SIDE, (6, 6))
+    end = torch.zeros(1, dtype=torch.double)
+    saw = lay_out(light.reshape(3, 36, 1), *known, newline=end, grid=(0, 3), video=config)[:, 0]
+    places = token_places(*known, TokenCells(6, 6, tuple(range(36))), plan, config)
+    assert len(places.boxes) == len(saw)
+    brightest = int(saw.argmax())
+    left, top, right, bottom = places.boxes[brightest].tolist()
+    assert left <= x <= right and top <= y <= bottom and int(places.frame[brightest]) == 2
+    assert bool((saw[places.frame < 2] == 0).all())
+    even = torch.where(places.frame == 1, 1.0, 0.0)
+    made = heat_map(even, places, (80, 48), (6, 10))
+    assert bool((made.cells > 0).all()), "a frame is covered by its tokens"
