@@ -1,0 +1,112 @@
+"""How does the page look? Draw docs/demo*.png anew, from a model of the quickstart.
+
+    python tests/demo/screenshots.py runs/quickstart/vlm/instruct --clip clip.mp4 --out docs
+
+A clip is any short video; `vlm data build moving-scenes` makes some.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from demo.limits import Limits
+from demo.sample_questions import SAMPLES
+from demo.server import Address, serving
+from vlm.loading import load_model
+
+WIDE = {"viewport": {"width": 1100, "height": 720}}
+PHONE = {"viewport": {"width": 390, "height": 760}, "is_mobile": True, "has_touch": True}
+
+
+def ask(page: Page, question: str, *files: Path) -> None:
+    """Upload files, ask, and wait for the whole answer."""
+    if files:
+        page.set_input_files("#box [data-testid=file-upload]", files)
+        page.locator("#box .thumbnail-item").nth(len(files) - 1).wait_for()
+        page.wait_for_function("() => !document.querySelector('#box .loader')")
+    page.fill("#box textarea", question)
+    page.press("#box textarea", "Enter")
+    page.wait_for_selector("#chat [aria-label=Retry]")
+    page.wait_for_selector("#box .submit-button")
+
+
+def one_picture(page: Page, clip: Path) -> None:
+    """A sample question and its answer."""
+    page.locator("#chat .example").nth(1).click()
+    page.wait_for_selector("#chat [aria-label=Retry]")
+    page.wait_for_selector("#box .submit-button")
+
+
+def empty(page: Page, clip: Path) -> None:
+    """What a visitor finds."""
+    page.wait_for_selector("#chat .example")
+
+
+def video(page: Page, clip: Path) -> None:
+    """A question about a video."""
+    ask(page, "Describe the image.", clip)
+    page.wait_for_function("document.querySelector('#chat video')?.readyState >= 2")
+
+
+def error(page: Page, clip: Path) -> None:
+    """A file that is refused."""
+    program = clip.with_name("holiday.png")
+    program.write_bytes(b"MZ" + bytes(100))
+    page.set_input_files("#box [data-testid=file-upload]", [SAMPLES[0].path, program])
+    page.locator("#box .thumbnail-item").nth(1).wait_for()
+    page.fill("#box textarea", "What is the same in both?")
+    page.press("#box textarea", "Enter")
+    page.wait_for_selector("[data-testid=toast-body]")
+
+
+SHOTS: dict[str, tuple[dict[str, Any], Callable[[Page, Path], None]]] = {
+    "demo": (WIDE, one_picture),
+    "demo-video": (WIDE, video),
+    "demo-error": (WIDE, error),
+    "demo-phone": (PHONE, one_picture),
+    "demo-dark": (WIDE | {"color_scheme": "dark", "locale": "zh-CN"}, empty),
+}
+
+
+def main() -> None:
+    """Serve the model and take the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--clip", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--only", choices=SHOTS, nargs="*", default=list(SHOTS))
+    args = parser.parse_args()
+    model, processor = load_model(args.model)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving("quickstart/vlm/instruct", model, processor, Limits(), Address()) as url,
+        sync_playwright() as playwright,
+    ):
+        clip = Path(shutil.copy(args.clip, folder))
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        path = shutil.which("chromium") or shutil.which("chromium-browser")
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        for name in args.only:
+            options, act = SHOTS[name]
+            page = browser.new_context(**options).new_page()
+            page.goto(url)
+            page.wait_for_selector("#box textarea")
+            page.wait_for_timeout(800)
+            act(page, clip)
+            page.mouse.move(5, 300)
+            page.wait_for_timeout(1200)
+            file = args.out / f"{name}.png"
+            page.screenshot(path=file)
+            Image.open(file).convert("RGB").save(file, optimize=True)
+            print(f"{file}: {file.stat().st_size // 1000} KB", flush=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
