@@ -15,6 +15,7 @@ from torch import Tensor
 from demo.seeing.pictures import INK, PAPER, picture_size
 
 SATURATION, LIGHTNESS = 0.45, 0.45  # of the image: how much colour is left, how pale it is
+LEAST = 4.0  # where the scale ends at least, so that an even spread does not look like a find
 BAR = 0.62  # inches below the picture for the scale
 
 
@@ -23,7 +24,7 @@ def draw_heat(pictures: Sequence[Image.Image], maps: Sequence[Tensor]) -> Figure
     weights = np.stack([cells.numpy() for cells in maps])
     total = float(weights.sum())
     times = weights * weights.size / total if total > 0 else weights
-    highest = max(float(times.max()), 1.0)
+    highest = max(float(times.max()), LEAST)
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = -(-len(pictures) // columns)
     size = (columns * pictures[0].width, rows * pictures[0].height)
