@@ -63,7 +63,7 @@ def keep_picture(
         raise no_picture from error
     small = picture.width * picture.height <= LOSSLESS_PIXELS
     path = folder / f"{secrets.token_hex(8)}.{'png' if small else 'jpg'}"
-    picture.save(path, quality=95)
+    picture.save(path, quality=95, compress_level=1)  # of PNG: three times as fast, a bit larger
     return str(path), picture if small else load_image(path)
 
 
