@@ -26,8 +26,8 @@ def test_a_chinese_browser_gets_a_chinese_page(demo, open_page):
     demo.voice.say("never")
     page = open_page(locale="zh-CN")
     page.get_by_text("给一张图片或一段视频，提一个问题").wait_for()
-    assert page.get_by_text("有几个黄色物体？").is_visible()
-    assert page.get_by_role("button", name="新对话").is_visible()
+    page.get_by_text("有几个黄色物体？").wait_for()
+    page.get_by_role("button", name="新对话").wait_for()
     assert page.get_attribute("html", "lang") == "zh"
     demo.voice.fail = True
     page.fill("#box textarea", "你好")
