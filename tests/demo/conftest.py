@@ -130,7 +130,7 @@ def open_page(browser, demo) -> Iterator[Any]:
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 760}} | options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(45_000)  # a busy machine fails no test
         page.on("request", lambda request: demo.requests.append(request.url))
         page.goto(demo.url)
         page.wait_for_selector("#box textarea")
