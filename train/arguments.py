@@ -41,6 +41,32 @@ ELSEWHERE: dict[str, str] = {
     "train_sampling_strategy": "it is the stage's length_window",
     **dict.fromkeys(FIXED, "the trainer sets it"),
 }
+# What would run beside the suite's own way, or against it: the reason, and the fields.
+NOT_HERE: dict[str, tuple[str, ...]] = {
+    "it is the stage's validation and benchmark that measure": (
+        *("do_eval", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    ),
+    "a stage goes on from whole checkpoints alone": ("save_only_model",),
+    "other batches are other steps; `vlm plan` tells which fit": ("auto_find_batch_size",),
+    "the trainer decides how records come to the processes": ("accelerator_config",),
+    "the loss is the stage's, in chunks": ("label_smoothing_factor", "use_liger_kernel"),
+    "all machines share output_dir": ("save_on_each_node",),
+    "nothing is sent anywhere; `hf upload` takes a stage's folder": (
+        *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
+        *("hub_always_push", "hub_revision"),
+    ),
+}
+ELSEWHERE |= {name: reason for reason, names in NOT_HERE.items() for name in names}
+# Numbers that transformers takes as they are, and fails at, or trains nothing with, hours later.
+LEAST: dict[str, float] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "save_total_limit": 1,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
 EXTRAS = "the extra packages for training come with: make extras EXTRAS=train"
 
 
@@ -74,9 +100,9 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         check_fsdp(arguments.get("fsdp_config"), where)
     if arguments.get("deepspeed") or arguments.get("fsdp"):
         be_the_only_rank()
-    told_to = arguments["report_to"]
-    if "wandb" in ([told_to] if isinstance(told_to, str) else told_to or []):
-        _require_wandb(where)
+    if "RANK" in os.environ and not torch.accelerator.is_available():
+        arguments.setdefault("use_cpu", True)  # else accelerate takes each process for the only one
+    _check_reports(arguments["report_to"], f"{where}.report_to")
     try:
         made = TrainingArguments(
             output_dir=str(folder / "checkpoints"), seed=recipe.seed, **arguments
@@ -85,12 +111,28 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         raise UserError(f"{where}: {error}; {EXTRAS}") from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
-    if made.n_gpu > 1:
+    _check_processes(made, where)
+    _check_optimizer(made, where)
+    return made
+
+
+def _check_processes(arguments: Any, where: str) -> None:
+    """Refuse to start where not every process has one device, and knows of all the others.
+
+    Raises:
+        UserError: one process sees several GPUs, or several processes take each for the only one.
+    """
+    if arguments.n_gpu > 1:
         raise UserError(
-            f"one process sees {made.n_gpu} GPUs; start one process for each with "
+            f"one process sees {arguments.n_gpu} GPUs; start one process for each with "
             "train/launch/torchrun.sh, or let it see one alone with train/launch/one_gpu.sh"
         )
-    return made
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != started:  # each would train alone, and write the others' files
+        raise UserError(
+            f"{started} processes were started, but transformers sees {arguments.world_size}; set "
+            f"{where}.use_cpu to true where there are no GPUs"
+        )
 
 
 def check_arguments(recipe: Recipe, stage: StageRecipe) -> None:
@@ -110,22 +152,32 @@ def check_arguments(recipe: Recipe, stage: StageRecipe) -> None:
     elif values.get("fsdp"):
         check_fsdp(values.get("fsdp_config"), where)
     elif "RANK" not in os.environ:
-        arguments = training_arguments(recipe, stage, Path(recipe.output_dir) / stage.name)
-        _check_optimizer(arguments, where)
+        training_arguments(recipe, stage, Path(recipe.output_dir) / stage.name)
 
 
 def _check_optimizer(arguments: Any, where: str) -> None:
-    """Ask for the library of `optim`, which the Trainer asks for when the model is loaded.
+    """Make optimizer and schedule of one number, as the Trainer does once the model is loaded.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the optimizer's library is not installed, or what it or the schedule is given
+            does not fit.
     """
-    from transformers import Trainer
+    import torch
+    from transformers import Trainer, get_scheduler
 
+    weight = torch.nn.Parameter(torch.zeros(1))
     try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        made = kind([weight], **values)
     except ImportError as error:
         raise UserError(f"{where}.optim: {error}; {EXTRAS}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: optim {arguments.optim.value} refuses: {error}") from error
+    kind, options = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, made, 0, 10, options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}.lr_scheduler_kwargs: {kind.value} refuses: {error}") from error
 
 
 def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -142,9 +194,23 @@ def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
             _unknown(name, list(known), where)
     for name, value in values.items():
         _check_choice(value, hints[name], f"{where}.{name}")
-    return {
+    checked = {
         name: check_value(value, hints[name], f"{where}.{name}") for name, value in values.items()
     }
+    _check_numbers(checked, where)
+    return checked
+
+
+def _check_numbers(values: dict[str, Any], where: str) -> None:
+    """Refuse numbers that no stage can be trained with."""
+    for name, least in LEAST.items():
+        if values.get(name) is not None and values[name] < least:
+            raise UserError(f"{where}.{name} must be {least:g} or more, not {values[name]:g}")
+    steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 3)
+    if steps < 1 and steps != -1:
+        raise UserError(f"{where}.max_steps must be 1 or more, or -1 for whole epochs, not {steps}")
+    if steps == -1 and not epochs > 0:
+        raise UserError(f"{where}.num_train_epochs must be above 0, not {epochs:g}")
 
 
 def _check_choice(value: Any, hint: Any, where: str) -> None:
@@ -169,8 +235,20 @@ def _require_deepspeed(where: str) -> None:
         )
 
 
-def _require_wandb(where: str) -> None:
-    if find_spec("wandb") is None:
-        raise UserError(
-            f"{where}.report_to: wandb is not installed, which .venv/bin/pip install wandb mends"
-        )
+def _check_reports(told_to: str | list[str] | None, where: str) -> None:
+    """Ask for the packages that `report_to` names.
+
+    Raises:
+        UserError: there is no such one, or it is not installed.
+    """
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in [told_to] if isinstance(told_to, str) else told_to or []:
+        if name in ("all", "none"):
+            continue
+        with_place(where, lookup, "choice", name, INTEGRATION_TO_CALLBACK)
+        package = {"azure_ml": "azureml", "flyte": "flytekit"}.get(name, name)
+        if find_spec(package) is None:
+            raise UserError(
+                f"{where}: {name} is not installed, which .venv/bin/pip install {package} mends"
+            )

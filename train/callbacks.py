@@ -48,7 +48,10 @@ class KeepAverage(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """One line on the terminal: step, loss and whatever rates the log holds."""
+    """One line on the terminal: step, loss and whatever rates the log holds.
+
+    A context that ends it: what stops a stage is told on a line of its own.
+    """
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -70,6 +73,16 @@ class ProgressLine(TrainerCallback):
             self.bar.set_postfix_str(", ".join(told))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def __enter__(self) -> "ProgressLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

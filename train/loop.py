@@ -43,7 +43,6 @@ def make_trainer(
     """Return the stage's Trainer with everything that watches it."""
     callbacks = [
         LogWithCheckpoint(),
-        ProgressLine(stage.name),
         JsonLog(folder / LOG_NAME),
         manifest,
     ]
@@ -119,8 +118,9 @@ def train_to_end(
     step = 0 if checkpoint is None else step_of(checkpoint)
     ended = checkpoint if checkpoint is not None and _is_last(checkpoint) else None
     if ended is None:
-        with StopCleanly() as stop:
+        with StopCleanly() as stop, ProgressLine(folder.name) as line:
             trainer.add_callback(stop)
+            trainer.add_callback(line)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
         if stop.stopped:

@@ -221,6 +221,8 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     check_adapters(recipe.model, recipe.stages, where)
     if recipe.num_threads is not None and recipe.num_threads < 1:
         raise UserError(f"{where}: num_threads must be 1 or more, not {recipe.num_threads}")
+    if not 0 <= recipe.seed < 2**32:
+        raise UserError(f"{where}: seed must be in [0, 2**32), not {recipe.seed}")
     return recipe
 
 
@@ -321,6 +323,8 @@ def _check_rows(stage: StageRecipe, where: str) -> None:
     """Refuse orders, rows and weights that cannot be, or not with each other."""
     if stage.length_window < 0:
         raise UserError(f"{where}: length_window must be 0 or more, not {stage.length_window}")
+    if stage.max_length is not None and stage.max_length < 1:
+        raise UserError(f"{where}: max_length must be 1 or more, not {stage.max_length}")
     if stage.packing is not None and stage.length_window:
         raise UserError(f"{where}: packed rows of a length leave length_window nothing to sort")
     if stage.objective is not None and (stage.packed or stage.loss_weight != "token"):

@@ -33,6 +33,8 @@ from train.sharded_state import save_fsdp_states, settled
 from train.spikes import SpikeGuard
 from vlm.errors import UserError
 
+NOTHING = 10  # steps without anything to learn, at the start, that stop a stage
+
 
 class SealingTrainer(Trainer):
     """A Trainer whose checkpoints are whole or recognised as torn."""
@@ -129,6 +131,7 @@ class VlmTrainer(SealingTrainer):
         self.window = Window(peak=self.meter.peak)
         self.sampler = make_order(dataset, self.args, length_window, packing)
         self.beside_loss: dict[str, float] = {}
+        self.idle_steps: int | None = 0  # from the first on; None: one had something to learn
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, which shards on CPUs, too."""
@@ -201,14 +204,34 @@ class VlmTrainer(SealingTrainer):
         """Return what the whole step's loss is divided by: its supervised tokens, or their weights.
 
         At least 1, for a step of skipped records.
+
+        Raises:
+            UserError: none of the first steps has anything to learn.
         """
         count = super()._get_num_items_in_batch(batch_samples, device)
         assert isinstance(count, Tensor), "the model must take num_items_in_batch"
         self.window.tokens += count
+        self._check_learns(bool(count))
         if "loss_weights" in batch_samples[0]:
             weights = torch.stack([batch["loss_weights"].sum() for batch in batch_samples])
             count = self._over_processes(weights.sum().to(device))
         return count.clamp(min=1)
+
+    def _check_learns(self, learns: bool) -> None:
+        """Stop a stage whose first steps, on all processes, had nothing to learn: all is skipped.
+
+        Raises:
+            UserError: there were NOTHING of them, or as many as the stage has.
+        """
+        if self.idle_steps is None or learns:
+            self.idle_steps = None
+            return
+        self.idle_steps += 1
+        if self.idle_steps == min(NOTHING, self.state.max_steps):
+            raise UserError(
+                f"none of the first {self.idle_steps} steps has a record to learn from: all were "
+                "skipped, see skipped.0.jsonl in the stage's folder, or have no words to learn"
+            )
 
     def _over_processes(self, counts: Tensor) -> Tensor:
         """Return the sum over all processes."""

@@ -307,7 +307,9 @@ def _load_language_model(
         raise  # it is a ValueError too
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the language model {source} cannot be loaded: {_first_line(error)}"
+            f"the language model {source} cannot be loaded: it is neither a folder with a model's "
+            "config.json, weights and tokenizer nor a model on the hub that can be reached "
+            f"({_first_line(error)})"
         ) from error
 
 

@@ -262,8 +262,8 @@ class VlmProcessor(ProcessorMixin):
         if max_length is not None and length > max_length:
             raise UserError(
                 f"the conversation takes {length} tokens ({sum(counts)} of them for {len(counts)} "
-                f"{called(checked)}), more than max_length {max_length}; raise it, or choose a "
-                "tiling or connector with fewer tokens"
+                f"{called(checked)}), more than max_length {max_length} (of packed rows: their "
+                "length); raise it, or choose a tiling or connector with fewer tokens"
             )
         if not supervise:
             return np.repeat(ids, repeats), None

@@ -46,7 +46,9 @@ def words_for(recipe, folder, size, **training):
 @pytest.fixture
 def recipe(tree, write_recipe):
     for stage in tree["stages"]:
-        stage["training"] |= {"use_cpu": True, "max_steps": 4, "save_steps": 3}
+        stage["training"] |= {"max_steps": 4, "save_steps": 3}
+        if torch.accelerator.is_available():
+            stage["training"]["use_cpu"] = True
     return str(write_recipe(tree))
 
 

@@ -154,6 +154,15 @@ def test_skipped_records_are_counted_not_replaced(tree, write_recipe, tmp_path, 
     assert capfd.readouterr().err.count("skipped: ") == 10
 
 
+def test_stage_that_skips_all_its_records_stops(tree, write_recipe, tmp_path, capsys):
+    words = ["--stage", "align", "--stages.align.max_length", "3"]
+    words += ["--stages.align.data.on_error", "skip"]
+    assert main(["train", str(write_recipe(tree)), *words]) == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]  # the progress line has ended before it
+    assert sentence.startswith("vlm train: none of the first 6 steps has a record to learn from")
+    assert not (tmp_path / "run/align/model.safetensors").exists()
+
+
 def test_loss_that_is_no_number_stops_before_the_weights(tree, write_recipe, tmp_path, capsys):
     words = ["--stages.align.trainable.connector", "1e30", "--stage", "align"]
     assert main(["train", str(write_recipe(tree)), *words]) == 2
