@@ -183,7 +183,7 @@ def engine_of(model: Any, arguments: "TrainingArguments", optimizer: Any) -> Eng
     if isinstance(model, DistributedDataParallel):
         return Engine("DDP", **common)
     if arguments.deepspeed:
-        from deepspeed import DeepSpeedEngine  # pyright: ignore[reportMissingImports]
+        from deepspeed import DeepSpeedEngine  # pyright: ignore[reportMissingImports,reportAttributeAccessIssue]
 
         if isinstance(model, DeepSpeedEngine):
             parts = {

@@ -299,11 +299,6 @@ def test_what_a_stage_cannot_have(adapted, write_recipe):
     assert "give the stage an adapter" in sentence("--model.quantization", "nf4")
 
 
-def test_what_cannot_be_planned_is_told(adapted, write_recipe, capsys):
-    assert main(["plan", str(write_recipe(adapted)), "--gpu", "CPU"]) == 2
-    assert "stages.instruct: an adapter or quantised weights cannot" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["peft", "bitsandbytes"])
 def test_a_missing_library_names_the_extra(alone, write_recipe, capsys, monkeypatch, name):
     alone["model"]["quantization"] = "nf4"
