@@ -40,13 +40,14 @@ def run(args: argparse.Namespace) -> int:
         UserError: there is no such action.
     """
     from connectors.registry import lookup
+    from vlm.cli import OneSentenceParser
 
     action, words = args.action, list(args.arguments)
     if action == "build" and words:
         action = f"build {words.pop(0)}"
     name, add, run_action = lookup("action", action, ACTIONS)
     module = importlib.import_module(name)
-    parser = argparse.ArgumentParser(
+    parser = OneSentenceParser(
         prog=f"vlm data {action}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -64,7 +64,7 @@ READER_GONE = 128 + 13  # SIGPIPE
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-class _OneSentence(argparse.ArgumentParser):
+class OneSentenceParser(argparse.ArgumentParser):
     """A parser that complains in one sentence, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the top-level parser: names and help lines only, nothing imported."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    parser = _OneSentence(
+    parser = OneSentenceParser(
         prog="vlm",
         usage="vlm [-h] [--version] COMMAND ...",
         description="A vision-language model suite.",
@@ -158,7 +158,7 @@ def _parse(program: str, module: ModuleType, words: Sequence[str]) -> argparse.N
     Raises:
         SystemExit: `--help` (0), or words that do not fit (2), as argparse does.
     """
-    parser = _OneSentence(
+    parser = OneSentenceParser(
         prog=program,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

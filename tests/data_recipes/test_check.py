@@ -68,6 +68,14 @@ def test_mix(tmp_path, capsys):
     assert "first: 1 records" in capsys.readouterr().out
 
 
+def test_unknown_option_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", "a.json", "--decod"])
+    assert stop.value.code == 2
+    error = "vlm data check: unrecognized arguments: --decod; see `vlm data check --help`\n"
+    assert capsys.readouterr().err == error
+
+
 def test_unknown_action_and_missing_file(tmp_path, capsys):
     assert main(["data", "chekc", "x"]) == 2
     assert "did you mean 'check'?" in capsys.readouterr().err
