@@ -53,6 +53,7 @@ def test_a_run_writes_table_report_and_results(folder, data, tmp_path, capsys):
         assert {"n", "accuracy", "low", "high", "chance", "blind"} <= cell.keys()
         assert cell["low"] <= cell["accuracy"] <= cell["high"]
     assert len((tmp_path / "samples.jsonl").read_text("utf-8").splitlines()) == 1 + 96
+    assert (tmp_path / "gallery.png").stat().st_size > 10_000
 
 
 def test_results_do_not_depend_on_the_batch_size(folder, data, tmp_path):

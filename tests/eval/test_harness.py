@@ -16,6 +16,12 @@ from eval.tasks.cv_bench import CvBench
 from vlm.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def no_gallery(monkeypatch):
+    """Drawing it takes longer than all else; test_gallery.py and test_cli.py look at it."""
+    monkeypatch.setattr("eval.harness.draw_gallery", lambda *_: None)
+
+
 @pytest.fixture
 def task(tmp_path, write_benchmark) -> CvBench:
     return CvBench.open([write_benchmark(tmp_path / "data.parquet", 150)])
