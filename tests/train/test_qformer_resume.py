@@ -1,9 +1,5 @@
 """Does a Q-Former's first stage that was killed end as one left alone, and are two ranks as one?"""
 
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,9 +8,6 @@ from safetensors.torch import load_file
 from data_recipes.mixture import Mixture, parse_sources
 from train.callbacks import read_log
 from vlm.cli import main
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
 
 # of the machine, not of the run
 MEASURED = ("per_second", "data_wait_share", "mfu", "peak_memory_gb")
@@ -52,7 +45,7 @@ def test_killed_run_equals_one_left_alone(first_stage, write_recipe, tmp_path, c
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(first_stage, write_recipe, tmp_path):
+def test_two_ranks_equal_one(first_stage, write_recipe, tmp_path, on_ranks):
     """Contrast, drawn negatives and captions: two ranks of 4 pairs are one of 8, step for step.
 
     The second rank has no pair in the first step and one pair less in the second; captions differ
@@ -70,20 +63,7 @@ def test_two_ranks_equal_one(first_stage, write_recipe, tmp_path):
     for position in (4, 5, 6, 7, 12):
         (tmp_path / f"{order.locate(position)[1]}.png").unlink()
     assert main(["train", recipe, size, "8", "--output_dir", str(tmp_path / "one")]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--master-port", str(port), "-m", "train", recipe]
-    result = subprocess.run(
-        [*torchrun, size, "4", "--output_dir", str(tmp_path / "two")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_ranks([recipe, size, "4", "--output_dir", str(tmp_path / "two")])
     logs = [log_of(tmp_path / name / "represent") for name in ("one", "two")]
     assert len(logs[0]) == 6
     for one, two in zip(*logs, strict=True):

@@ -1,17 +1,12 @@
 """Does a run that reads stored features survive kill -9 to the bit, and agree over ranks?"""
 
 import os
-import socket
-import subprocess
-import sys
 
 import pytest
 
 from train.callbacks import read_log
 from train.checkpoints import newest
 from vlm.cli import main
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def losses(folder):
@@ -55,27 +50,14 @@ def test_killed_run_equals_one_left_alone(tree, write_recipe, tmp_path, capsys, 
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_work_and_equal_one(tree, write_recipe, tmp_path):
+def test_two_ranks_share_the_work_and_equal_one(tree, write_recipe, tmp_path, on_ranks):
     del tree["stages"][0]
     tree["feature_cache"] = {"mode": "always"}
     tree["stages"][0]["training"]["use_cpu"] = True
     recipe = str(write_recipe(tree))
     size = "--stages.instruct.training.per_device_train_batch_size"
     assert main(["train", recipe, size, "4", "--output_dir", str(tmp_path / "one")]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--master-port", str(port), "-m", "train", recipe, size, "2"]
-    result = subprocess.run(
-        [*torchrun, *words(tmp_path / "two", tmp_path / "store")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_ranks([recipe, size, "2", *words(tmp_path / "two", tmp_path / "store")])
     one, two = (losses(tmp_path / name / "instruct") for name in ("one", "two"))
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-4)
     assert len(list((tmp_path / "store").rglob("*.features"))) == 2
