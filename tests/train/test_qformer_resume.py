@@ -1,6 +1,5 @@
 """Does a Q-Former's first stage that was killed end as one left alone, and are two ranks as one?"""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
