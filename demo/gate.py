@@ -6,15 +6,17 @@ sentence in `detail`, which the page shows.
 """
 
 import json
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +38,14 @@ POST = {*WITH_BODY, UPLOAD, "/login"}
 COUNTED = {JOIN, UPLOAD, "/login"}  # of what a visitor may do so much in a minute
 MAX_BODY = 1_000_000  # bytes of JSON; pictures come by upload
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+# An answer, or a conversation that is opened, may hold Markdown with pictures of other addresses:
+# the browser asks this server alone, whatever the page names. Gradio's scripts need the rest.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def check_route(method: str, path: str, headers: Mapping[str, str], local: bool)
     if method == "POST":
         origin = headers.get("origin")
         ours = {host, headers.get("x-forwarded-host", host)}
-        if origin is not None and urlsplit(origin).netloc not in ours:
+        if origin is not None and _netloc(origin) not in ours:
             return refuse(403, "foreign_page")
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             return refuse(403, "foreign_page")
@@ -87,9 +97,17 @@ def check_files(body: Any, folder: Path, host: str) -> Refusal | None:
         path, url = named.get("path"), named.get("url")
         if path is not None and not _is_in(path, folder):
             return refuse(400, "foreign_file")
-        if url is not None and (not isinstance(url, str) or urlsplit(url).netloc not in ("", host)):
+        if url is not None and (not isinstance(url, str) or _netloc(url) not in ("", host)):
             return refuse(400, "foreign_file")
     return None
+
+
+def _netloc(url: str) -> str | None:
+    """Return the name and port in an address, None if it is none."""
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return None
 
 
 def _named_files(value: Any) -> Iterator[Mapping[str, Any]]:
@@ -146,17 +164,19 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # a websocket is not answered: the page opens none
+        send = _with_policy(send)
         headers = Headers(scope=scope)
+        path = scope["path"].rstrip("/")  # gradio has some routes with a slash at the end too
         refusal = check_route(scope["method"], scope["path"], headers, self.local)
         refusal = refusal or self._check_amount(scope, headers)
-        if refusal is None and scope["method"] == "POST" and scope["path"] in WITH_BODY:
+        if refusal is None and scope["method"] == "POST" and path in WITH_BODY:
             body = await _read(receive)
             refusal = self._check_body(body, headers.get("host", ""))
             receive = _replay(body, receive)
         if refusal is not None:
             await _answer(refusal, headers)(scope, receive, send)
             return
-        if scope["path"] == JOIN:
+        if path == JOIN:
             send = _told_when_full(send, headers)
         await self.app(scope, receive, send)
 
@@ -173,7 +193,7 @@ class Gate:
         size = headers.get("content-length", "")
         if not size.isdecimal() or int(size) > self.limits.max_upload_bytes:
             return refuse(413, "upload_too_large", limit=self.limits.max_upload_bytes // 1_000_000)
-        used = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        used = _used_bytes(self.folder)
         if used + int(size) > self.limits.max_disk_mb * 1_000_000:
             return refuse(507, "disk_full")
         return None
@@ -182,10 +202,29 @@ class Gate:
         if body is None:
             return refuse(413, "upload_too_large", limit=MAX_BODY // 1_000_000)
         try:
-            value = json.loads(body)
+            value = json.loads(body, parse_constant=_no_number)
         except (ValueError, RecursionError):
             return refuse(400, "no_such_page")
         return check_files(value, self.folder, host)
+
+
+def _used_bytes(folder: Path) -> int:
+    """Return how much lies in a folder, whose files others remove meanwhile."""
+    used = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                used += os.lstat(os.path.join(place, name)).st_size
+    return used
+
+
+def _no_number(constant: str) -> None:
+    """Refuse NaN and Infinity, which JSON does not have.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{constant} is no JSON")
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -214,6 +253,17 @@ def _answer(refusal: Refusal, headers: Headers) -> JSONResponse:
     language = language_of(headers.get("accept-language"))
     sentence = say(language, refusal.key, **refusal.values)
     return JSONResponse({"detail": sentence, "error": sentence}, refusal.status)
+
+
+def _with_policy(send: Send) -> Send:
+    """Let every answer tell the browser what it may load for the page."""
+
+    async def told(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["content-security-policy"] = POLICY
+        await send(message)
+
+    return told
 
 
 def _told_when_full(send: Send, headers: Headers) -> Send:

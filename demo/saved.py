@@ -7,7 +7,9 @@ Questions without an answer are left out: a training record cannot have them.
 """
 
 import json
+import lzma
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,11 @@ from vlm.video import SampledVideo
 RECORD = "conversation.json"
 FOLDERS = {"image": "pictures", "video": "videos"}
 MAX_RECORD = 4_000_000  # bytes
+# What a damaged zip, or one in a way that is not known here, raises.
+BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
+    *(NotImplementedError, RuntimeError),
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def unpack(
                     media.append(keep_file(given, name, chat, folder, limits, language))
                 finally:
                     given.unlink()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+    except BROKEN as error:
         raise UserError(say(language, "no_conversation")) from error
     return _restore(record, media, language)
 

@@ -1,6 +1,7 @@
 """How does an error become one sentence on the page? Tracebacks go to the server's log alone."""
 
 import functools
+import html
 import inspect
 import traceback
 from collections.abc import Callable
@@ -45,7 +46,8 @@ def _sentence(error: Exception, args: tuple[Any, ...]) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, UserError):
-        return gr.Error(str(error), print_exception=False, title="")
+        # Gradio shows it as HTML, and it may repeat the name of a file, or speak of `<image>`.
+        return gr.Error(html.escape(str(error)), print_exception=False, title="")
     traceback.print_exception(error)
     request = next((value for value in args if isinstance(value, gr.Request)), None)
     return gr.Error(say(language(request), "our_fault"), print_exception=False, title="")

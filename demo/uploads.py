@@ -19,6 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".ogv", ".mpg", ".mpeg", ".ts", ".flv")
 MAX_WORK_SECONDS = 30.0  # of finding and decoding a video's frames
 LOSSLESS_PIXELS = 1_000_000  # a larger picture is kept as JPEG: its PNG would take seconds
+LONGEST_JPEG = 65_500  # pixels of a side
 
 
 def keep_file(
@@ -61,7 +62,7 @@ def keep_picture(
         picture = load_image(source, max_pixels=limits.max_pixels)
     except UserError as error:
         raise no_picture from error
-    small = picture.width * picture.height <= LOSSLESS_PIXELS
+    small = picture.width * picture.height <= LOSSLESS_PIXELS or max(picture.size) > LONGEST_JPEG
     path = folder / f"{secrets.token_hex(8)}.{'png' if small else 'jpg'}"
     picture.save(path, quality=95, compress_level=1)  # of PNG: three times as fast, a bit larger
     return str(path), picture if small else load_image(path)

@@ -25,6 +25,7 @@ HOST = "127.0.0.1:7860"
         ("POST", "/gradio_api/queue/join", {}, None),
         ("POST", "/gradio_api/queue/join", {"origin": "http://evil.example"}, 403),
         ("POST", "/gradio_api/upload", {"origin": "null"}, 403),
+        ("POST", "/gradio_api/upload", {"origin": "http://["}, 403),
         ("POST", "/login", {"sec-fetch-site": "cross-site"}, 403),
         ("GET", "/", {"host": "evil.example:7860"}, 403),
         ("GET", "/gradio_api/file=http://127.0.0.1:22/", {}, 404),
@@ -61,6 +62,7 @@ def test_a_page_open_to_the_network_goes_by_any_name():
         ({"path": "{folder}/a.png", "url": "http://127.0.0.1:22/a.png"}, False),
         ({"path": "{folder}/a.png", "url": "//elsewhere.example/a.png"}, False),
         ({"url": "https://elsewhere.example/a.png"}, False),
+        ({"url": "http://["}, False),
     ],
 )
 def test_files_that_calls_may_name(tmp_path: Path, named: dict, taken: bool):
@@ -89,6 +91,22 @@ def test_a_crafted_call_gets_no_file_and_no_address(demo, path: str):
         assert answer["status"] == 400 and answer["detail"] == "Only uploaded files can be used."
     called = [target for target in demo.connections[before:] if target[1] == 9]
     assert not called, "the server asked the address"
+
+
+@pytest.mark.parametrize("route", ["run/predict", "run/predict/", "queue/join"])
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"data": [{"path": "/etc/passwd"}], "fn_index": 0}', 400),
+        (b'{"data": [NaN], "fn_index": 0}', 400),
+        (b"[" * 100_000, 400),
+        (b" " * 1_000_001, 413),
+    ],
+)
+def test_every_spelling_of_a_route_has_its_body_checked(demo, route: str, body: bytes, status: int):
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{demo.url}gradio_api/{route}", content=body, headers=headers)
+    assert answer.status_code == status, answer.text[:200]
 
 
 @pytest.mark.parametrize(

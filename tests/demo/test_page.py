@@ -1,5 +1,6 @@
 """Does the page do what a visitor asks of it, in a real browser?"""
 
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -74,6 +75,22 @@ def test_no_request_leaves_the_machine(demo, open_page, pictures):
     assert {host.partition(":")[0] for host in asked} <= {"127.0.0.1", ""}
     assert len(demo.requests) > 20 and demo.connections, "nothing was recorded"
     assert {host for host, *_ in demo.connections} <= {"127.0.0.1", "localhost", "::1", None}
+
+
+def test_what_an_answer_names_elsewhere_is_not_fetched(demo, open_page):
+    with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+        elsewhere.setblocking(False)
+        host = f"http://127.0.0.1:{elsewhere.getsockname()[1]}"
+        demo.voice.say("fine", end=True)
+        page = open_page()
+        ask(page, f"![a]({host}/a.png) <img src='{host}/b.png'> <b style='background:url({host})'>")
+        page.get_by_text("fine").wait_for()
+        page.wait_for_function(
+            "[...document.querySelectorAll('#chat .message img')].every(one => one.complete)"
+        )
+        assert page.locator("#chat .message img").count() == 2, "it is not what the browser shows"
+        with pytest.raises(BlockingIOError):
+            elsewhere.accept()
 
 
 def test_the_reply_streams_and_stops(demo, open_page):

@@ -145,6 +145,17 @@ def test_zips_that_are_refused(case: str, empty: ChatSession, tmp_path: Path):
         unpack(tmp_path / "x.zip", empty, tmp_path, LIMITS, "en")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_is_told(method: int, empty: ChatSession, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        archive.writestr("conversation.json", json.dumps(RECORD))
+    data = bytearray((tmp_path / "x.zip").read_bytes())
+    data[50:90] = b"\xff" * 40
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(UserError, match="no saved conversation"):
+        unpack(tmp_path / "x.zip", empty, tmp_path, LIMITS, "en")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

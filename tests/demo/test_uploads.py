@@ -6,11 +6,13 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 from PIL import Image
 
 from demo.limits import Limits
+from demo.told import told
 from demo.uploads import keep_picture
 from vlm.errors import UserError
 
@@ -82,6 +84,22 @@ def test_a_large_photo_is_kept_as_the_model_sees_it(tmp_path: Path):
     path, image = keep_picture(source, "photo", tmp_path, Limits(), "en")
     with Image.open(path) as kept:
         assert kept.format == "JPEG" and kept.tobytes() == image.tobytes()
+
+
+def test_a_very_long_picture_is_kept(tmp_path: Path):
+    """JPEG ends at 65,500 pixels a side."""
+    Image.new("1", (70_000, 20)).save(tmp_path / "long.png")
+    path, image = keep_picture(tmp_path / "long.png", "long.png", tmp_path, Limits(), "en")
+    assert image.size == (70_000, 20) and Path(path).suffix == ".png"
+
+
+def test_a_name_in_a_sentence_is_no_html():
+    def fail(request: object) -> None:
+        raise UserError("<img src='//elsewhere.example/x.png'>.png is no picture")
+
+    with pytest.raises(gr.Error) as raised:
+        told(fail)(None)
+    assert raised.value.message.startswith("&lt;img src")
 
 
 def upload(demo, name: str, content: bytes) -> list[str]:
