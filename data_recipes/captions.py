@@ -21,8 +21,14 @@ import torch
 
 from data_recipes.dataset import ConversationDataset, Skipped, image_root
 from data_recipes.image_files import ImageFile, Inside, load, locate
-from data_recipes.record_forms import IMAGE_PLACEHOLDER, TURN_KEYS
-from data_recipes.records import Record, to_messages
+from data_recipes.record_forms import (
+    IMAGE_PLACEHOLDER,
+    TURN_KEYS,
+    VIDEO_PLACEHOLDER,
+    media_and_turns,
+    show,
+)
+from data_recipes.records import Record, check_pictures, to_messages
 from vlm.errors import UserError
 
 DRAWS = 3  # tells these random numbers from the mixture's (0, 1, 2)
@@ -52,28 +58,47 @@ def to_caption(raw: Any, where: object) -> Caption:
     Raises:
         UserError: the record breaks a rule of records.py, or has not one picture and one answer.
     """
-    record = to_messages(_as_conversation(raw, where), where)
-    name = f"{where} (id {record.id!r})" if record.id else str(where)
-    if len(record.images) != 1 or record.videos:
-        found = f"{len(record.images)} and {len(record.videos)} video(s)"
-        raise UserError(f"{name}: a caption needs one picture, but this has {found}")
+    if isinstance(raw, Mapping) and not any(raw.get(key) is not None for key in TURN_KEYS):
+        given = sorted(key for key, value in raw.items() if value is not None)
+        name = _named(raw, where)
+        raise UserError(f"{name}: has neither 'caption' nor 'conversations'; it has {given}")
+    if isinstance(raw, Mapping) and raw.get("caption") is not None:
+        return _written(raw, where)
+    record = to_messages(raw, where)
+    name = _named({"id": record.id or None}, where)
+    _check_one_picture(len(record.images), len(record.videos), name)
     answers = _answers(record)
     if len(answers) != 1:
         raise UserError(f"{name}: a caption is a record's one answer, but this has {len(answers)}")
     return Caption(id=record.id, image=record.images[0], text=answers[0].strip())
 
 
-def _as_conversation(raw: Any, where: object) -> Any:
-    """Return a record with a caption as a conversation; any other as it is."""
-    if not isinstance(raw, Mapping) or "caption" not in raw:
-        return raw
+def _written(raw: Mapping, where: object) -> Caption:
+    """Return the caption of a record that has it under its own key."""
+    name = _named(raw, where)
     if any(raw.get(key) is not None for key in TURN_KEYS if key != "caption"):
-        raise UserError(f"{where}: a record has a caption or conversations, this has both")
-    turns = [
-        {"role": "user", "content": IMAGE_PLACEHOLDER},
-        {"role": "assistant", "content": raw["caption"]},
-    ]
-    return {**raw, "conversations": turns}
+        raise UserError(f"{name}: a record has a caption or conversations, this has both")
+    found, videos, _ = media_and_turns(raw, name)
+    pictures = check_pictures(found, name)
+    _check_one_picture(len(pictures), len(videos), name)
+    text = raw["caption"]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{name}: the caption must be some text, not {show(text)}")
+    if IMAGE_PLACEHOLDER in text or VIDEO_PLACEHOLDER in text:
+        raise UserError(f"{name}: the caption {show(text)} holds a placeholder; take it out")
+    number = "" if raw.get("id") is None else str(raw["id"])
+    return Caption(id=number, image=pictures[0], text=text.strip())
+
+
+def _named(raw: Mapping, where: object) -> str:
+    """Return what errors call a record."""
+    return str(where) if raw.get("id") is None else f"{where} (id {raw['id']!r})"
+
+
+def _check_one_picture(pictures: int, videos: int, name: str) -> None:
+    if pictures != 1 or videos:
+        found = f"{pictures} picture(s)" + (f" and {videos} video(s)" if videos else "")
+        raise UserError(f"{name}: a caption needs one picture and no video, but this has {found}")
 
 
 def _answers(record: Record) -> list[str]:

@@ -7,9 +7,10 @@ Turns may use `role`/`content` and `user`/`assistant` instead, and the first may
 what other suites write is read as this first (see record_forms.py).
 Rules, all strict, because each was a silent loss somewhere (LLaVA, LLaVA-NeXT, InternVL, Cambrian):
 
-- as many `<image>` placeholders as images, all of them in user turns, also when there is one image,
-  and as many `<video>` placeholders as videos; LLaVA's `<image>` for a video is read where a record
-  has no images and writes no `<video>`; without a video `<video>` is text, such as HTML;
+- as many `<image>` placeholders as images, all of them in user turns, also when there is one image
+  or none, and as many `<video>` placeholders as videos; LLaVA's `<image>` for a video is read where
+  a record has no images and writes no `<video>`; who means the words (HTML has both) writes them
+  otherwise: without a file a placeholder is a lost one, and would be learnt as a word;
 - user and assistant turns alternate, a user's first, and an assistant's turn is the last;
 - no turn is empty.
 
@@ -94,11 +95,11 @@ def to_messages(raw: Any, where: object, image_position: ImagePosition = "as_wri
         raise UserError(f"{where}: a record must be a JSON object, this is {show(raw)}")
     name = _Name(where, raw.get("id"))
     pictures, files, conversation = media_and_turns(raw, name)
-    images, videos = _images(pictures, name), _videos(files, name)
+    images, videos = check_pictures(pictures, name), _videos(files, name)
     turns = _turns(conversation, raw, name)
     if videos and not images and not any(VIDEO_PLACEHOLDER in text for _, text in turns):
         turns = [(role, text.replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)) for role, text in turns]
-    kinds = {IMAGE_PLACEHOLDER: len(images)} | ({VIDEO_PLACEHOLDER: len(videos)} if videos else {})
+    kinds = {IMAGE_PLACEHOLDER: len(images), VIDEO_PLACEHOLDER: len(videos)}
     if image_position == "front_if_missing":
         turns = _with_placeholders(turns, kinds)
     for placeholder, count in kinds.items():
@@ -125,7 +126,12 @@ def split_placeholders(
     return entries
 
 
-def _images(pictures: list[Any], name: _Name) -> tuple[str | Inside, ...]:
+def check_pictures(pictures: list[Any], name: object) -> tuple[str | Inside, ...]:
+    """Return a record's pictures, each a path or inside a file; `name` is the record's in errors.
+
+    Raises:
+        UserError: one is neither.
+    """
     for picture in pictures:
         if not isinstance(picture, (str, Inside)) or not picture:
             raise UserError(
@@ -147,7 +153,8 @@ def _videos(files: list[Any], name: _Name) -> tuple[str, ...]:
 def _turns(conversation: Any, raw: Mapping, name: _Name) -> list[tuple[str, str]]:
     """Return (role, text) of every turn, checked for role, emptiness and order."""
     if conversation is None:
-        raise UserError(f"{name}: the key 'conversations' is missing; it has {sorted(raw)}")
+        hint = "; captions alone are for a Q-Former's first stage" if "caption" in raw else ""
+        raise UserError(f"{name}: the key 'conversations' is missing; it has {sorted(raw)}{hint}")
     if not isinstance(conversation, list) or not conversation:
         raise UserError(
             f"{name}: 'conversations' must be a list with at least one question and answer"
@@ -191,13 +198,15 @@ def _check_placeholders(
         if role != "user" and placeholder in text:
             raise UserError(
                 f"{name}: turn {number} is the {role}'s and holds {placeholder}; "
-                f"only the user's turns can show {'an' if kind == 'image' else 'a'} {kind}"
+                f"only the user's turns can show {'an' if kind == 'image' else 'a'} {kind}, and "
+                f"where it is text, write it otherwise, such as &lt;{kind}&gt;"
             )
     found = sum(text.count(placeholder) for _, text in turns)
     if found != expected:
         raise UserError(
             f"{name}: {expected} {kind}(s) but {found} {placeholder} placeholder(s); "
             f"write one {placeholder} into a user's turn for each {kind}"
+            + ("" if expected else f", or otherwise where it is text, such as &lt;{kind}&gt;")
         )
 
 

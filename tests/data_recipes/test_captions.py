@@ -31,8 +31,10 @@ def test_the_answer_is_the_caption(record):
 
 
 FAULTS = {
-    "a caption needs one picture, but this has 0": {"conversations": turns("What?", "A cat.")},
-    "a caption needs one picture, but this has 2": {
+    "a caption needs one picture and no video, but this has 0": {
+        "conversations": turns("What?", "A cat.")
+    },
+    "a caption needs one picture and no video, but this has 2": {
         "image": ["a.png", "b.png"],
         "conversations": turns("<image><image>", "Cats."),
     },
@@ -41,9 +43,13 @@ FAULTS = {
         "conversations": turns("<image>", "A cat.", "Its colour?", "Grey."),
     },
     "a caption or conversations, this has both": {**ASKED, "caption": "A cat."},
-    "must have some text": {**WRITTEN, "caption": "  "},
+    "(id 7): the caption must be some text": {**WRITTEN, "caption": "  "},
+    '(id 7): the caption "A <image>." holds a placeholder': {**WRITTEN, "caption": "A <image>."},
+    "but this has 2 picture(s)": {**WRITTEN, "image": ["a.png", "b.png"]},
+    "but this has 1 picture(s) and 1 video(s)": {**WRITTEN, "video": "a.mp4"},
+    "neither 'caption' nor 'conversations'; it has ['id', 'image']": {**WRITTEN, "caption": None},
     "1 image(s) but 2 <image>": {**ASKED, "conversations": turns("<image><image>", "A cat.")},
-    "0 image(s) but 1 <image>": {"caption": "A cat."},
+    "needs one picture and no video, but this has 0 picture(s)": {"caption": "A cat."},
     "must be a JSON object": "A cat.",
 }
 

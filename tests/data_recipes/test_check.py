@@ -41,6 +41,18 @@ def test_faults_are_counted_by_kind(tmp_path, capsys, make_image):
     assert "zero.png" in capsys.readouterr().out
 
 
+def test_a_placeholder_without_its_file_is_counted(tmp_path, capsys):
+    lost = [row(number) for number in range(4)]
+    lost[1]["conversations"][0]["value"] = "<video>\nWhat happens?"
+    lost[3]["conversations"][0]["value"] = "<image>\nWhat is it?"
+    write(tmp_path / "a.jsonl", lost)
+    assert main(["data", "check", str(tmp_path / "a.jsonl")]) == 2
+    out = capsys.readouterr().out
+    assert "2 record(s) with faults" in out
+    assert "a.jsonl:2 (id 'r1'): 0 video(s) but 1 <video> placeholder(s)" in out
+    assert "a.jsonl:4 (id 'r3'): 0 image(s) but 1 <image> placeholder(s)" in out
+
+
 def test_captions(tmp_path, capsys, make_image):
     make_image().save(tmp_path / "a.png")
     path = tmp_path / "data.json"

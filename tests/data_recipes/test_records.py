@@ -128,6 +128,16 @@ FAULTS = {
         record(("human", "<video>?"), ("gpt", "<video>"), video="a"),
         "only the user's turns can show a video",
     ),
+    "no video": (record(("human", "<video>\nWhat?"), A), "0 video(s) but 1 <video> placeholder(s)"),
+    "no video among images": (
+        record(("human", "<image><video>"), A, image="a"),
+        "0 video(s) but 1 <video> placeholder(s)",
+    ),
+    "no video, and it is text": (record(Q, ("gpt", "Close <video>.")), "such as &lt;video&gt;"),
+    "captions alone": (
+        {"id": "r7", "image": "a", "caption": "A cat."},
+        "captions alone are for a Q-Former",
+    ),
     "video is no path": (record(Q, A, video={"bytes": 3}), "'video' must be a path"),
     "part of a video": (record(Q, A, video="a", clip=[0, 3]), "'clip'"),
 }
@@ -171,7 +181,6 @@ IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
         ("What?<video>", {"video": "a.mp4"}, "first", [VIDEO, "\nWhat?"], 0, 1),
         ("What?", {"video": ["a", "b"]}, "front_if_missing", None, 0, 2),
         ("<video>\nWhat?", {"video": "a.mp4"}, "none", ["What?"], 0, 0),
-        ("Close the <video> tag", {}, "as_written", ["Close the <video> tag"], 0, 0),
     ],
 )
 def test_videos(text, media, position, content, images, videos):
