@@ -145,8 +145,9 @@ class Connector(nn.Module, Generic[C]):
             tokens: (T, N, E) as projected so far.
 
         Returns:
-            For "tokens", tensors (T, N, ...) with one row per token; for "media", one tensor
-            (T, M, width).
+            For "tokens", tensors (T, N, C) with one row per token, or (T, N, R * R, V) with an
+            R x R window of a map of R times the token grid per token; where tokens are pooled, a
+            video's, so are rows and maps. For "media", one tensor (T, M, width).
         """
         raise NotImplementedError
 

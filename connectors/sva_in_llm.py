@@ -97,7 +97,8 @@ class SVAInLLMConnector(SVAConnector):
         tokens = self.project_from(maps, views.shown)
         seen = self.look(maps, views.shown)
         flag = tokens.new_ones(*tokens.shape[:2], 1)
-        parts = (seen.context, *seen.windows, *(seen.masks or ()))
+        masks = [mask[..., None].to(tokens) for mask in seen.masks or ()]
+        parts = (seen.context, *seen.windows, *masks)
         return tokens, [flag, *(x.unflatten(0, tokens.shape[:2]) for x in parts)]
 
     def layer_sites(self) -> Sequence[LayerSite]:
@@ -124,7 +125,7 @@ class SVAInLLMConnector(SVAConnector):
         count = len(self.windows)
         made, seen, *windows = (x.to(hidden) for x in side[: 2 + count])
         # The end of a row sees nothing, which is no window a softmax could go over.
-        masks = [x.to(hidden.device) | (made == 0) for x in side[2 + count :]] or None
+        masks = [(x.to(hidden.device)[..., 0] > 0) | (made == 0) for x in side[2 + count :]] or None
         flat = hidden.flatten(0, 1)
         queries = flat.index_select(0, rows)
         found = sampler(queries[:, None], seen, windows, masks)[:, 0]

@@ -7,6 +7,7 @@ Surprises: a frozen encoder runs without gradients and stays in eval mode; text-
 one blank view through the vision side while it trains, so that all ranks run the same parameters.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -38,7 +39,7 @@ from vlm.sharding import weights_are_sharded
 from vlm.shared_positions import explicit_mask, shared_positions
 from vlm.state_cache import goes_on, state_traits
 from vlm.tiling import build_tiling, plan_of
-from vlm.token_layout import check_places, images_per_row, lay_out, num_image_tokens
+from vlm.token_layout import images_per_row, lay_out, num_image_tokens
 from vlm.video_layout import VideoConfig, parse_video
 from vlm.view_facts import as_text, describe_views, of_a_blank
 
@@ -159,7 +160,12 @@ class VlmModel(VlmPreTrainedModel):
         return describe_views(reads, self.tiling, tile_grids, image_sizes, grids, text)
 
     def _lay_out(
-        self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor, ends: RowEnds
+        self,
+        tokens: Tensor,
+        tile_grids: Tensor,
+        image_sizes: Tensor,
+        ends: RowEnds,
+        window: int = 1,
     ) -> list[Tensor]:
         """Join views' tokens (T, N, E) image by image, with the ends (E,) of rows."""
         grids = [tuple(grid) for grid in tile_grids.tolist()]
@@ -178,21 +184,29 @@ class VlmModel(VlmPreTrainedModel):
                 grid=grid,
                 separator=ends.separator,
                 video=self.video,
+                window=window,
             )
             for views, (height, width), grid in zip(
                 tokens.split(num_views), image_sizes.tolist(), grids, strict=True
             )
         ]
 
-    def _places(self, tokens: Tensor, tile_grids: Tensor, image_sizes: Tensor) -> Tensor:
-        """Return, for each image token, its place among views' tokens (T, N, E); -1: a row end."""
-        check_places(self.tiling, self.video, tile_grids.tolist())
-        places = torch.arange(tokens[..., 0].numel(), device=tokens.device, dtype=torch.float64)
-        nowhere = places.new_full((1,), -1.0)
-        numbered = places.reshape(*tokens.shape[:2], 1)
-        ends = RowEnds(nowhere, nowhere)
-        laid_out = self._lay_out(numbered, tile_grids, image_sizes, ends)
-        return torch.cat(laid_out)[:, 0].long()
+    def _beside(self, tile_grids: Tensor, image_sizes: Tensor, side: Tensor) -> Tensor:
+        """Return what stands beside each image token, (K, ...), of `side`; 0 beside a row's end.
+
+        Args:
+            tile_grids: (n, 2) rows and columns each image was cut into.
+            image_sizes: (n, 2) height and width of each image.
+            side: (T, N, C) or (T, N, R * R, V), see `connectors.base.Connector.side`. Where tokens
+                are pooled or shrunk, so is it.
+        """
+        shape = side.shape[2:]
+        window = math.isqrt(shape[0]) if len(shape) == 2 else 1
+        numbers = side.flatten(2)
+        nothing = numbers.new_zeros(numbers.shape[2])
+        ends = RowEnds(nothing, nothing)
+        laid_out = torch.cat(self._lay_out(numbers, tile_grids, image_sizes, ends, window))
+        return laid_out.unflatten(1, shape)
 
     def count_image_tokens(self, tile_grids: Tensor, image_sizes: Tensor) -> list[int]:
         """Return how many tokens each image takes; see `get_image_features` for the arguments."""
@@ -245,8 +259,8 @@ class VlmModel(VlmPreTrainedModel):
             features = features.to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], features)
             views = [plan_of(self.tiling, tuple(g)).num_views for g in tile_grids.tolist()]
-            places = partial(self._places, tokens, tile_grids, image_sizes)
-            images = Images(counts, views, per_row, places, sides)
+            beside = partial(self._beside, tile_grids, image_sizes)
+            images = Images(counts, views, per_row, beside, sides)
         elif (self.training and _trains_vision(self)) or (sharded and not goes_on(past_key_values)):
             inputs_embeds = inputs_embeds + self._blank_view_term(vision_features).to(inputs_embeds)
 

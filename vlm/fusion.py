@@ -26,15 +26,15 @@ class Images:
         tokens: how many tokens each has.
         views: how many views each has.
         per_row: how many of them each row holds, in order.
-        places: (K,) for each image token, its place among the tokens of all views (T * N); -1 for
-            what no view made, the end of a row.
+        beside: turns a tensor (T, N, ...) of what goes with the tokens of all views into one of
+            what goes with each image token, (K, ...); 0 with what no view made, the end of a row.
         sides: what the connector's parts gave, tensors (T, ...), by number.
     """
 
     tokens: Sequence[int]
     views: Sequence[int]
     per_row: Sequence[int]
-    places: Callable[[], Tensor]
+    beside: Callable[[Tensor], Tensor]
     sides: Mapping[int, Sequence[Tensor]]
 
 
@@ -69,10 +69,9 @@ def build_context(
         numbers = numbers.masked_scatter(is_image, of_tokens)
     latest = _latest(numbers, documents, None if carried is None else carried.latest)
     sides: dict[int, Side] = {}
-    if images is not None and (queries := chain.by_kind("tokens")):
-        places = images.places()
-        for number in queries:
-            sides[number] = [_gather(x, places) for x in images.sides[number]]
+    if images is not None:
+        for number in chain.by_kind("tokens"):
+            sides[number] = [images.beside(x) for x in images.sides[number]]
     for number in chain.by_kind("media"):
         earlier = None if carried is None else carried.media.get(number)
         new = None
@@ -120,13 +119,6 @@ def _latest(numbers: Tensor, documents: Tensor, carried: Tensor | None) -> Tenso
         return torch.where(where >= 0, latest, carried.to(numbers.device)[:, None])
     seen = (where >= 0) & (documents.gather(1, at) == documents)
     return torch.where(seen, latest, -1)
-
-
-def _gather(side: Tensor, places: Tensor) -> Tensor:
-    """Return the rows (K, ...) of a side (T, N, ...); zeros for tokens that no view made."""
-    taken = side.flatten(0, 1).index_select(0, places.clamp(min=0))
-    inside = (places >= 0).reshape(-1, *[1] * (taken.ndim - 1))
-    return torch.where(inside, taken, torch.zeros_like(taken))
 
 
 def _arrange(side: Tensor, images: Images, numbers: Tensor, documents: Tensor, count: int) -> Media:

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from vlm.errors import UserError
 from vlm.tiling import AnyresTiling, Size, Tiling, ViewPlan, is_video, plan_of
-from vlm.video_layout import VideoConfig, lay_out_video, num_video_tokens
+from vlm.video_layout import (
+    VideoConfig,
+    gather_windows,
+    lay_out_video,
+    num_video_tokens,
+    spread_windows,
+)
 
 # anyres_max_N leaves the features alone until they exceed N tiles by this factor on each side.
 _SHRINK_ABOVE = 1.1
@@ -67,6 +73,7 @@ def lay_out(
     grid: Size | None = None,
     separator: Tensor | None = None,
     video: VideoConfig | None = None,
+    window: int = 1,
 ) -> Tensor:
     """Join the tokens of one image's views, or a video's frames, (T, N, E) into its sequence.
 
@@ -82,10 +89,11 @@ def lay_out(
         grid: (rows, cols) the image was cut into; None asks the tiling, as for a lone image.
         separator: (E,) what stands after the whole image, where the tiling has it.
         video: how videos are laid out.
+        window: where a token's numbers are those of a window, see `lay_out_video`.
     """
     if grid is not None and is_video(grid):
         assert video is not None and len(view_tokens) == grid[1], (view_tokens.shape, grid)
-        return lay_out_video(view_tokens, view_token_grid, video, newline)
+        return lay_out_video(view_tokens, view_token_grid, video, newline, window)
     plan = tiling.plan(*image_size, view_size) if grid is None else tiling.plan_of_grid(grid)
     assert len(view_tokens) == plan.num_views, (view_tokens.shape, plan)
     if not tiling.is_mosaic:
@@ -112,9 +120,10 @@ def lay_out(
     picture = picture[top : top + kept_rows, left : left + kept_cols]
     target = mosaic_size(image_size, tiling, plan.grid, view_token_grid)
     if target != (kept_rows, kept_cols):
-        channels_first = picture.permute(2, 0, 1)[None]
-        shrunk = F.interpolate(channels_first, target, mode="bilinear")
-        picture = shrunk[0].permute(1, 2, 0)
+        channels_first = spread_windows(picture[None], window).permute(0, 3, 1, 2)
+        size = (target[0] * window, target[1] * window)
+        shrunk = F.interpolate(channels_first, size, mode="bilinear")
+        picture = gather_windows(shrunk.permute(0, 2, 3, 1), window)[0]
     return torch.cat([whole, _close_rows(picture, row_end)])
 
 
@@ -221,29 +230,6 @@ def shrunk_size(size: Size, view_token_grid: Size, max_tiles: int | None) -> Siz
     if factor <= _SHRINK_ABOVE:
         return size
     return max(1, int(rows // factor)), max(1, int(cols // factor))
-
-
-def check_places(tiling: Tiling, video: VideoConfig, grids: Sequence[Sequence[int]]) -> None:
-    """Refuse what mixes tokens, for connectors that need to know which token is which.
-
-    Args:
-        tiling: how images are cut.
-        video: how videos are laid out.
-        grids: rows of `tile_grids`.
-
-    Raises:
-        UserError: anyres_max_N, or a video among the grids that is pooled.
-    """
-    reason = "but a connector inside the language model needs to know which token is which; set"
-    if isinstance(tiling, AnyresTiling) and tiling.max_tiles is not None:
-        raise UserError(
-            f"tiling 'anyres' with max_tiles shrinks the grid of tokens, {reason} "
-            "tiling.max_tiles to null"
-        )
-    if video.stride > 1 and any(is_video((rows, cols)) for rows, cols in grids):
-        raise UserError(
-            f"videos are pooled by stride {video.stride}, {reason} model.video.stride to 1"
-        )
 
 
 def images_per_row(

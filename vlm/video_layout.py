@@ -1,11 +1,12 @@
 """How do the tokens of a video's frames become one sequence, and how many are they?
 
 Shapes: T frames, (p, q) tokens of a view, N = p * q, (h, w) tokens of a frame after pooling, E
-language-model width.
+language-model width, R side of a window, V its width.
 
 As LLaVA-NeXT-Video (`get_2dPool`, `add_token_per_grid` and `add_token_per_frame` of its
 llava_arch.py): each frame is one view, encoded and projected alone, then pooled over its grid of
-tokens; the learned newline of images ends rows, frames, the video, or nothing.
+tokens; the learned newline of images ends rows, frames, the video, or nothing. Tokens in one row
+are no picture but queries, each of which reads the whole view: they are not pooled.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ class VideoConfig:
         frames: most frames of a video; so many, evenly spread, where there is no `fps`.
         fps: frames a second instead, `frames` at most.
         pool: how `stride` x `stride` tokens of a frame become one. "bilinear" rounds the grid up,
-            the others down: of 27 x 27 tokens 14 x 14 and 13 x 13 are left.
+            the others down: of 27 x 27 tokens 14 x 14 and 13 x 13 are left. Queries (resamplers')
+            are all kept.
         stride: 1 keeps every token.
         newline: what a learned newline ends: each row of tokens ("grid"), each frame, the whole
             video once ("one_token", as LLaVA-OneVision), or nothing.
@@ -75,6 +77,8 @@ def pooled_grid(token_grid: Size, config: VideoConfig) -> Size:
     """
     rows, cols = token_grid
     stride = config.stride
+    if rows == 1:
+        return token_grid
     if config.pool == "bilinear":
         return -(-rows // stride), -(-cols // stride)
     if min(rows, cols) < stride:
@@ -92,24 +96,41 @@ def num_video_tokens(num_frames: int, token_grid: Size, config: VideoConfig) -> 
     return num_frames * height * width + newlines[config.newline]
 
 
-def pool_frames(tokens: Tensor, token_grid: Size, config: VideoConfig) -> Tensor:
-    """Return frames' tokens (T, N, E) pooled, (T, h, w, E)."""
+def pool_frames(tokens: Tensor, token_grid: Size, config: VideoConfig, window: int = 1) -> Tensor:
+    """Return frames' tokens (T, N, E) pooled, (T, h, w, E); `window` as in `lay_out_video`."""
     picture = tokens.unflatten(1, token_grid)
-    if config.stride == 1:
+    target = pooled_grid(token_grid, config)
+    if target == token_grid:
         return picture
-    picture = picture.permute(0, 3, 1, 2)
+    picture = spread_windows(picture, window).permute(0, 3, 1, 2)
+    height, width = target[0] * window, target[1] * window
     if config.pool == "bilinear":
-        target = pooled_grid(token_grid, config)
-        pooled = F.interpolate(picture, target, mode="bilinear")
+        pooled = F.interpolate(picture, (height, width), mode="bilinear")
     elif config.pool == "average":
         pooled = F.avg_pool2d(picture, config.stride)
     else:
         pooled = F.max_pool2d(picture, config.stride)
-    return pooled.permute(0, 2, 3, 1)
+    return gather_windows(pooled[..., :height, :width].permute(0, 2, 3, 1), window)
+
+
+def spread_windows(picture: Tensor, window: int) -> Tensor:
+    """Return the map (T, p R, q R, V) whose R x R windows are (T, p, q, R * R * V), row-major."""
+    cells = picture.unflatten(-1, (window, window, -1))  # (T, p, q, R, R, V)
+    return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def gather_windows(picture: Tensor, window: int) -> Tensor:
+    """Return the R x R windows (T, p, q, R * R * V) of a map (T, p R, q R, V)."""
+    cells = picture.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # (T, p, R, q, R, V)
+    return cells.transpose(2, 3).flatten(3)
 
 
 def lay_out_video(
-    tokens: Tensor, token_grid: Size, config: VideoConfig, newline: Tensor | None
+    tokens: Tensor,
+    token_grid: Size,
+    config: VideoConfig,
+    newline: Tensor | None,
+    window: int = 1,
 ) -> Tensor:
     """Join the tokens of a video's frames (T, N, E) into its sequence (num_video_tokens, E).
 
@@ -118,8 +139,10 @@ def lay_out_video(
         token_grid: (p, q) tokens of a frame.
         config: how they are pooled and joined.
         newline: (E,) where the config has one.
+        window: R, where a token's numbers are the features of an R x R window of a map, so that
+            the map is pooled and cut into as many windows as tokens are left.
     """
-    pooled = pool_frames(tokens, token_grid, config)
+    pooled = pool_frames(tokens, token_grid, config, window)
     if not config.has_newline:
         return pooled.flatten(0, 2)
     assert newline is not None, "these videos need the newline embedding"

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from connectors.sva_blocks import cut_windows
 from vlm.errors import UserError
 from vlm.loading import load_model
 from vlm.tiling import build_tiling
-from vlm.token_layout import check_places, num_image_tokens, shown_parts
+from vlm.token_layout import lay_out, num_image_tokens, shown_parts
 from vlm.video import video_of_frames
 from vlm.video_layout import VideoConfig, lay_out_video, num_video_tokens, parse_video, pooled_grid
 
@@ -137,8 +138,8 @@ def test_configs_that_are_refused(values, words):
 
 
 def test_pooling_that_leaves_nothing_is_refused():
-    with pytest.raises(UserError, match="leaves nothing of a view's 1 x 4 tokens"):
-        pooled_grid((1, 4), VideoConfig(pool="average"))
+    with pytest.raises(UserError, match="leaves nothing of a view's 2 x 4 tokens"):
+        pooled_grid((2, 4), VideoConfig(pool="average", stride=3))
 
 
 def test_where_padded_frames_show_the_picture():
@@ -147,12 +148,44 @@ def test_where_padded_frames_show_the_picture():
     assert shown_parts((64, 32), build_tiling({"type": "anyres"}), (0, 2), (4, 4)).all()
 
 
-def test_places_are_known_without_pooling_alone():
-    tiling = build_tiling({"type": "resize"})
-    check_places(tiling, VideoConfig(), [(1, 1)])
-    check_places(tiling, VideoConfig(stride=1), [(0, 4)])
-    with pytest.raises(UserError, match=r"set model\.video\.stride to 1"):
-        check_places(tiling, VideoConfig(), [(1, 1), (0, 4)])
+@pytest.mark.parametrize("pool", POOLS)
+def test_queries_are_no_picture_and_are_all_kept(pool):
+    config = VideoConfig(pool=pool, newline="frame")
+    assert pooled_grid((1, 64), config) == (1, 64)
+    assert num_video_tokens(8, (1, 64), config) == 8 * 65
+    tokens, newline = torch.randn(2, 3, 6), torch.randn(6)
+    ours = lay_out_video(tokens, (1, 3), config, newline)
+    assert torch.equal(ours, torch.cat([*tokens[0], newline, *tokens[1], newline]).view(8, 6))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("side", [4, 5])
+def test_windows_are_those_of_the_pooled_map(pool, side):
+    """What a pooled token sees (SVA): the map as small as the tokens' grid is."""
+    fine, config = torch.randn(2, 2 * side, 2 * side, 3), VideoConfig(pool=pool)
+    windows = cut_windows(fine, 2).reshape(2, side * side, 12)
+    left, _ = pooled_grid((side, side), config)
+    picture = fine.permute(0, 3, 1, 2)
+    if pool == "bilinear":
+        small = F.interpolate(picture, (2 * left, 2 * left), mode="bilinear")
+    else:
+        small = {"average": F.avg_pool2d, "max": F.max_pool2d}[pool](picture, 2)
+        small = small[..., : 2 * left, : 2 * left]
+    expected = cut_windows(small.permute(0, 2, 3, 1), 2).reshape(2 * left * left, 12)
+    found = lay_out_video(windows, (side, side), config, None, window=2)
+    assert torch.equal(found, expected)
+
+
+def test_windows_of_a_mosaic_that_is_shrunk():
+    tiling = build_tiling({"type": "anyres", "grids": "(1x1),...,(2x2)", "max_tiles": 2})
+    fine = torch.randn(5, 8, 8, 3)
+    known = {"image_size": (64, 64), "tiling": tiling, "view_size": 32, "view_token_grid": (4, 4)}
+    windows, end = cut_windows(fine, 2).reshape(5, 16, 12), torch.zeros(12)
+    found = lay_out(windows, **known, newline=end, window=2)[16:].unflatten(0, (5, 6))
+    picture = fine[1:].unflatten(0, (2, 2)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    small = F.interpolate(picture.permute(2, 0, 1)[None], (10, 10), mode="bilinear")
+    expected = cut_windows(small.permute(0, 2, 3, 1), 2).reshape(5, 5, 12)
+    assert torch.equal(found[:, :5], expected) and not found[:, 5].any()
 
 
 # The whole model. Views are 4 x 4 tokens, frames 2 x 2.

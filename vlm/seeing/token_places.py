@@ -91,8 +91,8 @@ def token_places(
     places = TokenPlaces(laid_out, placed[:, 4] == 1, placed[:, 6].round().long())
     if plan.frames:
         assert video is not None, "a video's tokens need its config"
-        if video.pool == "bilinear":
-            rows, cols = pooled_grid(token_grid, video)
+        rows, cols = pooled_grid(token_grid, video)
+        if video.pool == "bilinear" or (rows, cols) == token_grid:
             return _grown(places, token_grid[1] / cols, token_grid[0] / rows)
         return _grown(places, video.stride, video.stride)
     if isinstance(tiling, AnyresTiling) and tiling.max_tiles is not None and plan.grid != (0, 0):
