@@ -8,7 +8,6 @@ sentence in `detail`, which the page shows.
 import json
 import os
 import time
-from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from demo.limits import Limits
+from demo.visitors import Rates, address_of, is_logged_in, new_cookie, visitor_of
 from demo.wording import language_of, say
 
 API = "/gradio_api"
@@ -35,7 +35,14 @@ GET = {
 GET_BELOW = ("/assets/", "/static/", "/svelte/", f"{API}/heartbeat/", FILE)
 WITH_BODY = {JOIN, f"{API}/run/predict", f"{API}/cancel", f"{API}/reset"}
 POST = {*WITH_BODY, UPLOAD, "/login"}
-COUNTED = {JOIN, UPLOAD, "/login"}  # of what a visitor may do so much in a minute
+COUNTED = {JOIN, UPLOAD}  # of what a visitor may do so much in a minute
+# What can be had without the password: the page that asks for it, what that page is made of, and
+# whether the server is up.
+OPEN = {
+    *("/", "/login", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
+    f"{API}/startup-events",
+}
+OPEN_BELOW = ("/assets/", "/static/", "/svelte/")
 MAX_BODY = 1_000_000  # bytes of JSON; pictures come by upload
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 # An answer, or a conversation that is opened, may hold Markdown with pictures of other addresses:
@@ -130,33 +137,16 @@ def _is_in(path: Any, folder: Path) -> bool:
     return Path(path).resolve().is_relative_to(folder)
 
 
-class Rates:
-    """How often did each address ask within the last minute?"""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._asked: dict[str, deque[float]] = defaultdict(deque)
-
-    def too_often(self, address: str, now: float) -> bool:
-        """Count a request, and tell whether it is one too many; those refused do not count."""
-        for known in [key for key, times in self._asked.items() if times[-1] < now - 60]:
-            del self._asked[known]
-        times = self._asked[address]
-        while times and times[0] < now - 60:
-            times.popleft()
-        if len(times) >= self._most:
-            return True
-        times.append(now)
-        return False
-
-
 class Gate:
     """ASGI middleware in front of gradio."""
 
     def __init__(self, app: ASGIApp, limits: Limits, folder: Path, local: bool) -> None:
         """Guard an app; `folder` holds uploads, `local` is as in `check_route`."""
         self.app, self.limits, self.folder, self.local = app, limits, folder, local
-        self.rates = Rates(limits.max_requests)
+        self.of_visitor, self.of_address = (
+            Rates(most) for most in (limits.max_requests, limits.max_requests_address)
+        )
+        self.logins = Rates(limits.max_requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with a refusal."""
@@ -164,11 +154,11 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # a websocket is not answered: the page opens none
-        send = _with_policy(send)
         headers = Headers(scope=scope)
+        send = _with_headers(send, new_cookie(scope))
         path = scope["path"].rstrip("/")  # gradio has some routes with a slash at the end too
         refusal = check_route(scope["method"], scope["path"], headers, self.local)
-        refusal = refusal or self._check_amount(scope, headers)
+        refusal = refusal or _check_login(scope) or self._check_amount(scope, headers)
         if refusal is None and scope["method"] == "POST" and path in WITH_BODY:
             body = await _read(receive)
             refusal = self._check_body(body, headers.get("host", ""))
@@ -184,10 +174,14 @@ class Gate:
         path = scope["path"].rstrip("/")
         if scope["method"] != "POST":
             return None
-        if path in COUNTED:
-            address = scope["client"][0] if scope["client"] else ""
-            if self.rates.too_often(address, time.monotonic()):
-                return refuse(429, "too_often", limit=self.limits.max_requests)
+        address, counted = address_of(scope), {}
+        if path == "/login":  # by address alone: who guesses would come as a new visitor each time
+            counted = {address: self.logins}
+        elif path in COUNTED:
+            counted = {(address, visitor_of(scope)): self.of_visitor, address: self.of_address}
+        for who, rates in counted.items():
+            if rates.too_often(who, time.monotonic()):
+                return refuse(429, "too_often", limit=rates.most)
         if path != UPLOAD:
             return None
         size = headers.get("content-length", "")
@@ -206,6 +200,14 @@ class Gate:
         except (ValueError, RecursionError):
             return refuse(400, "no_such_page")
         return check_files(value, self.folder, host)
+
+
+def _check_login(scope: Scope) -> Refusal | None:
+    """Refuse whoever has not given the password; gradio itself forgets to ask at some routes."""
+    path = scope["path"]
+    if path in OPEN or path.startswith(OPEN_BELOW) or is_logged_in(scope):
+        return None
+    return refuse(401, "log_in")
 
 
 def _used_bytes(folder: Path) -> int:
@@ -255,12 +257,15 @@ def _answer(refusal: Refusal, headers: Headers) -> JSONResponse:
     return JSONResponse({"detail": sentence, "error": sentence}, refusal.status)
 
 
-def _with_policy(send: Send) -> Send:
-    """Let every answer tell the browser what it may load for the page."""
+def _with_headers(send: Send, cookie: str | None) -> Send:
+    """Let every answer tell the browser what it may load for the page; give a visitor a cookie."""
 
     async def told(message: Message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["content-security-policy"] = POLICY
+            headers = MutableHeaders(scope=message)
+            headers["content-security-policy"] = POLICY
+            if cookie is not None:
+                headers.append("set-cookie", cookie)
         await send(message)
 
     return told

@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 
+from demo.as_written import given_back
 from demo.sample_questions import FOLDER, SAMPLES
 from demo.talk import Served, Talk, begin, question_at, shown
 from demo.told import language, told
@@ -36,7 +37,11 @@ class Handlers:
         self.take_back, self.new_chat = told(self._take_back), told(self._new_chat)
 
     def _post(
-        self, question: Mapping[str, Any], system: str, talk: Talk | None, request: gr.Request
+        self,
+        question: Mapping[str, Any],
+        system: str | None,
+        talk: Talk | None,
+        request: gr.Request,
     ) -> tuple[Talk, Messages, dict[str, Any]]:
         """Check a question and its files, and show it.
 
@@ -67,7 +72,7 @@ class Handlers:
             talk.chat.waiting = before
             raise
         if not talk.chat.messages:
-            waiting, talk.chat.system = talk.chat.waiting, system.strip() or None
+            waiting, talk.chat.system = talk.chat.waiting, (system or "").strip() or None
             talk.chat.clear()
             talk.chat.waiting = waiting
         talk.put(text)
@@ -85,7 +90,7 @@ class Handlers:
         return talk
 
     def _sample(
-        self, clicked: gr.SelectData, system: str, talk: Talk | None, request: gr.Request
+        self, clicked: gr.SelectData, system: str | None, talk: Talk | None, request: gr.Request
     ) -> tuple[Talk, Messages, dict[str, Any]]:
         """Ask one of the sample questions."""
         sample = SAMPLES[clicked.index]
@@ -161,7 +166,7 @@ class Handlers:
         self, clicked: gr.EditData, talk: Talk | None, request: gr.Request
     ) -> tuple[Talk, Messages, dict[str, Any]]:
         """Ask another question in place of an earlier one; what followed it is dropped."""
-        return self._again(talk, clicked.index, clicked.value, request)
+        return self._again(talk, clicked.index, given_back(clicked.value).strip(), request)
 
     def _again(
         self,

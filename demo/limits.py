@@ -12,7 +12,8 @@ class Limits:
     max_pictures: int = 16  # and videos, of one conversation
     max_video_seconds: int = 600
     max_waiting: int = 8  # questions in the queue, of all visitors
-    max_requests: int = 120  # uploads and questions a minute, of one address
+    max_requests: int = 120  # uploads and questions a minute, of one visitor
+    max_requests_address: int = 1200  # the same, of all visitors from one address
     max_visitors: int = 200  # conversations that are held in memory
     max_disk_mb: int = 2000  # of uploads, pictures and videos of all visitors
     max_question: int = 8000  # characters

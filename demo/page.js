@@ -1,5 +1,5 @@
 // What gradio's page lacks: alternative texts of pictures in the conversation, a name of the settings'
-// button, Esc to stop a reply.
+// button, Esc to stop a reply, and tags copied as they were written (demo/as_written.py).
 () => {
   const chinese = navigator.language.toLowerCase().startsWith("zh");
   document.documentElement.lang = chinese ? "zh" : "en";
@@ -18,6 +18,16 @@
     }
   };
   new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+  const written = (text) => text.replaceAll("<\u2060", "<");
+  const clipboard = navigator.clipboard; // none where the page comes by http from another machine
+  const write = clipboard?.writeText.bind(clipboard);
+  if (clipboard) clipboard.writeText = (text) => write(written(text));
+  document.addEventListener("copy", (event) => {
+    const text = String(getSelection());
+    if (!text.includes("<\u2060")) return;
+    event.clipboardData.setData("text/plain", written(text));
+    event.preventDefault();
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") document.querySelector("#box .stop-button")?.click();
   });

@@ -8,6 +8,7 @@ Questions without an answer are left out: a training record cannot have them.
 
 import json
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -26,6 +27,9 @@ from vlm.video import SampledVideo
 RECORD = "conversation.json"
 FOLDERS = {"image": "pictures", "video": "videos"}
 MAX_RECORD = 4_000_000  # bytes
+MAX_ENTRIES = 200  # of a zip
+MAX_DIRECTORY = MAX_ENTRIES * 300  # bytes of a zip's list of entries, with names of some length
+MAX_RATIO = 50  # times as large as the zip; pictures and videos hardly shrink, text some 10 times
 # What a damaged zip, or one in a way that is not known here, raises.
 BROKEN = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
@@ -88,7 +92,9 @@ def unpack(
         with source.open("rb") as file:
             return _restore(_record(file.read(MAX_RECORD + 1), language), [], language)
     try:
+        _check_directory(source, language)
         with zipfile.ZipFile(source) as archive:
+            _check_sizes(archive, source.stat().st_size, limits, language)
             record = _record(_member(archive, RECORD, MAX_RECORD, language), language)
             names = _in_shown_order(record)
             if len(names) > limits.max_pictures:
@@ -105,6 +111,42 @@ def unpack(
     except BROKEN as error:
         raise UserError(say(language, "no_conversation")) from error
     return _restore(record, media, language)
+
+
+def _check_directory(source: Path, language: str) -> None:
+    """Refuse a zip whose list of entries is long, before it is read: each takes a kilobyte then.
+
+    The last record of a zip tells how long the list is (PKWARE's APPNOTE, 4.3.16); one for longer
+    lists than a conversation has may stand before it (4.3.15).
+
+    Raises:
+        UserError: it is too long, or there is no such record.
+    """
+    with source.open("rb") as file:
+        file.seek(max(0, source.stat().st_size - 66_000))
+        end = file.read()
+    place = end.rfind(b"PK\x05\x06")
+    if place < 0 or len(end) < place + 22:
+        raise UserError(say(language, "no_conversation"))
+    (length,) = struct.unpack_from("<L", end, place + 12)
+    if length > MAX_DIRECTORY or end[max(0, place - 20) : place].startswith(b"PK\x06\x07"):
+        raise UserError(say(language, "too_many_in_zip", limit=MAX_ENTRIES))
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int, limits: Limits, language: str) -> None:
+    """Refuse a zip of so many bytes that holds too many entries, or too much of them.
+
+    What an entry tells of its size may be untrue; `_member` reads no more than it may.
+
+    Raises:
+        UserError: it does.
+    """
+    entries = archive.infolist()
+    if len(entries) > MAX_ENTRIES:
+        raise UserError(say(language, "too_many_in_zip", limit=MAX_ENTRIES))
+    most = min(limits.max_upload_bytes, MAX_RECORD + MAX_RATIO * size)
+    if sum(entry.file_size for entry in entries) > most:
+        raise UserError(say(language, "zip_too_large", limit=most // 1_000_000))
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int, language: str) -> bytes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo.as_written import as_written
 from demo.limits import Limits
 from demo.strip import strip_file
 from vlm.chat_session import ChatSession, Sampling
@@ -162,7 +163,8 @@ def shown(talk: Talk, picture_word: str) -> list[dict[str, Any]]:
         seen += num
         if files:  # apart from the text: gradio's edit button fails in a mixed message
             messages.append({"role": turn["role"], "content": files})
-        messages.append({"role": turn["role"], "content": turn["content"][-1]["text"]})
+        text = as_written(turn["content"][-1]["text"])
+        messages.append({"role": turn["role"], "content": text})
     return messages
 
 

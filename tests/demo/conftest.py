@@ -101,9 +101,8 @@ def demo(make_model) -> Iterator[Demo]:
     voice = Voice(processor.tokenizer)
     model.compute_logits = voice.logits
     # Chromium's false camera makes pictures of 2 megapixels.
-    limits = Limits(
-        max_file_mb=1, max_megapixels=3, max_pictures=4, max_waiting=2, max_requests=10_000
-    )
+    many = {"max_requests": 10_000, "max_requests_address": 10_000}
+    limits = Limits(max_file_mb=1, max_megapixels=3, max_pictures=4, max_waiting=2, **many)
     with serving("tiny", model, processor, limits, Address()) as url:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         yield Demo(url, voice, folder, connections)

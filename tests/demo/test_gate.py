@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from demo.gate import Rates, check_files, check_route
+from demo.gate import check_files, check_route
+from demo.visitors import Rates
 
 HOST = "127.0.0.1:7860"
 

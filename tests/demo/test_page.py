@@ -6,6 +6,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from demo.as_written import JOINER
+
 BOT, USER = "#chat [data-testid=bot]", "#chat [data-testid=user]"
 
 
@@ -88,9 +90,34 @@ def test_what_an_answer_names_elsewhere_is_not_fetched(demo, open_page):
         page.wait_for_function(
             "[...document.querySelectorAll('#chat .message img')].every(one => one.complete)"
         )
-        assert page.locator("#chat .message img").count() == 2, "it is not what the browser shows"
+        assert page.locator("#chat .message img").count() == 1, "the Markdown picture alone"
+        assert f"<img src='{host}/b.png'>" in page.inner_text(USER).replace(JOINER, "")
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
+
+
+def test_tags_are_shown_and_copied_as_written_and_markdown_is_drawn(demo, open_page):
+    answer = (
+        "<ref>a cat</ref><box>[[1, 2, 3, 4]]</box> is <b>not</b> **bold**\n\n"
+        "<table><tr><td>cell\n\n`<i>code</i>`\n\n| a | b |\n|---|---|\n| <td> | 2 |"
+    )
+    demo.voice.say(answer, end=True)
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    ask(page, "Is 1 <2? And <u>this</u>?")
+    page.wait_for_selector("#chat [aria-label=Retry]")
+    settled(page)
+    shown = page.inner_text(BOT).replace(JOINER, "")
+    for written in (
+        "<ref>a cat</ref><box>[[1, 2, 3, 4]]</box>",
+        "<b>not</b>",
+        "<table><tr><td>cell",
+    ):
+        assert written in shown, shown
+    drawn = {tag: page.locator(f"{BOT} {tag}").count() for tag in ("b", "i", "strong", "table")}
+    assert drawn == {"b": 0, "i": 0, "strong": 1, "table": 1}
+    assert page.inner_text(f"{BOT} code").replace(JOINER, "") == "<i>code</i>"
+    page.locator("#chat [aria-label*=opy]").last.click()
+    assert page.evaluate("navigator.clipboard.readText()") == answer
 
 
 def test_the_reply_streams_and_stops(demo, open_page):

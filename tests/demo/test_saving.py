@@ -129,8 +129,17 @@ FILES: dict[str, tuple[dict[str, bytes], str]] = {
         "million pixels",
     ),
     "a large member": (
-        {"conversation.json": json.dumps(RECORD).encode(), "pictures/1.png": bytes(50_000_000)},
+        {"conversation.json": json.dumps(RECORD).encode(), "pictures/1.png": bytes(1_000_001)},
         "pictures/1.png is larger than the 1 MB",
+    ),
+    "entries that nobody asks for": (
+        {str(number): bytes(2_000_000) for number in range(3)},
+        "Unpacked, the zip would be larger than the 4 MB",
+    ),
+    "many entries": ({str(number): b"" for number in range(201)}, "more than the 200 files"),
+    "a long list of entries": (
+        {"x" * 10_000 + str(number): b"" for number in range(7)},
+        "more than the 200 files",
     ),
 }
 
@@ -143,6 +152,31 @@ def test_zips_that_are_refused(case: str, empty: ChatSession, tmp_path: Path):
             archive.writestr(name, content)
     with pytest.raises(UserError, match=words):
         unpack(tmp_path / "x.zip", empty, tmp_path, LIMITS, "en")
+
+
+def test_a_zip_that_would_grow_too_much_is_not_unpacked(empty: ChatSession, tmp_path: Path):
+    """However much a page takes that takes large videos: here some thousand times its size."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("conversation.json", json.dumps(RECORD))
+        archive.writestr("pictures/1.png", bytes(6_000_000))
+    with pytest.raises(UserError, match="Unpacked, the zip would be larger than the 4 MB"):
+        unpack(tmp_path / "x.zip", empty, tmp_path, Limits(), "en")
+
+
+def test_the_list_of_a_zip_is_not_read_before_its_length_is_known(
+    empty: ChatSession, tmp_path: Path, monkeypatch
+):
+    """A list of 100 MB becomes gigabytes; a record for long lists is not asked at all."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("conversation.json", json.dumps(RECORD))
+    whole = (tmp_path / "x.zip").read_bytes()
+    body, end = whole[:-22], whole[-22:]
+    locator = b"PK\x06\x07" + bytes(16)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    for changed in (body + end[:12] + b"\xff\xff\xff\x7f" + end[16:], body + locator + end):
+        (tmp_path / "x.zip").write_bytes(changed)
+        with pytest.raises(UserError, match="more than the 200 files"):
+            unpack(tmp_path / "x.zip", empty, tmp_path, LIMITS, "en")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
