@@ -10,7 +10,12 @@ from typing import Any
 
 from connectors.config import check_value
 from connectors.registry import lookup
-from train.engine import be_the_only_rank, check_fsdp, deepspeed_config
+from train.engine import (
+    be_the_only_rank,
+    check_fsdp,
+    deepspeed_config,
+    without_compiling,
+)
 from train.recipe import Recipe, StageRecipe, with_place
 from vlm.errors import UserError
 
@@ -96,6 +101,8 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
     if arguments.get("deepspeed"):
         _require_deepspeed(where)
         arguments["deepspeed"] = deepspeed_config(arguments["deepspeed"], where)
+        if not torch.accelerator.is_available():
+            arguments["deepspeed"] = without_compiling(arguments["deepspeed"])
     if arguments.get("fsdp"):
         check_fsdp(arguments.get("fsdp_config"), where)
     if arguments.get("deepspeed") or arguments.get("fsdp"):

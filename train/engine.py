@@ -129,6 +129,18 @@ def forget_engine() -> None:
     warnings.filterwarnings("ignore", told_each_step, FutureWarning)  # by DeepSpeed
 
 
+def without_compiling(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config under which DeepSpeed compiles nothing, unless it asks for that itself.
+
+    For hosts without a GPU: there an optimizer of DeepSpeed's own gains nothing, and an all-reduce
+    through shared memory, called in inference alone, would be compiled for minutes.
+    """
+    from deepspeed import ops  # pyright: ignore[reportMissingImports,reportAttributeAccessIssue]
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # asked before the operator is built
+    return {"zero_force_ds_cpu_optimizer": False, **config}
+
+
 def be_the_only_rank() -> None:
     """Say what a launcher says, for an engine that asks and a process that nobody launched.
 

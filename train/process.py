@@ -32,9 +32,16 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, lost) or any(word in str(error) for word in words)
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed that there is no GPU; the Trainer imports it, and it would warn of that."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def set_up_torch(recipe: Recipe) -> None:
     """Apply the recipe's settings of torch, and leave the terminal to our own progress line."""
     disable_progress_bar()
+    name_accelerator()
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.set_float32_matmul_precision(recipe.float32_matmul_precision)

@@ -1,5 +1,6 @@
 """Which tiny run do the training tests share? Two stages, 24 records, 20 steps of a second."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -175,6 +176,10 @@ def on_ranks() -> Callable[..., None]:
     """
 
     def run(*jobs: Sequence[str], ranks: int = 2, timeout: float = 300) -> None:
+        if any("deepspeed" in word for words in jobs for word in words):
+            import deepspeed  # noqa: F401 # pyright: ignore[reportMissingImports]
+        gc.collect()
+        gc.freeze()  # DeepSpeed collects often
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -1,6 +1,7 @@
 """Does every connector, before or inside the language model, serve in every use of the model?"""
 
 import copy
+import gc
 import os
 import re
 import socket
@@ -99,6 +100,7 @@ TILINGS = {
 }
 # Nothing reads what the last layer makes of image tokens, but their keys and values.
 UNREAD = re.compile(r"parts\.\d\.layers\.1\.(linears\.)?(self_attn_[qo]|mlp_\w+)_proj")
+ON_ZERO3 = ("flamingo", "cogvlm", "cambrian", "instructblip", "everything")
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
@@ -346,14 +348,17 @@ def one_of_two(rank, port, engine, cases, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ZeRO-3", "FSDP2"])
 def test_two_ranks_with_pieces_of_the_weights_step_as_one(engine, make, rows, tmp_path) -> None:
-    """One rank's records have pictures, the other's none; all connectors in one pair of ranks."""
+    """One rank's records have pictures, the other's none; one pair of ranks takes them all.
+
+    DeepSpeed is slow to begin: those that reach into the language model, unless EVERY_CONNECTOR is
+    set in the environment.
+    """
     if engine == "ZeRO-3":
-        pytest.importorskip("deepspeed")
-        ops = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "nowhere"))
-        if not (ops / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").exists():
-            pytest.skip("DeepSpeed would compile for minutes: see docs/engines.md")
+        deepspeed = pytest.importorskip("deepspeed")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes
+    every = engine != "ZeRO-3" or "EVERY_CONNECTOR" in os.environ
     cases, expected = {}, {}
-    for name in CHAINS:
+    for name in CHAINS if every else ON_ZERO3:
         model, processor = make(name)
         encoded = rows(processor)
         seen = [row for row in encoded if "pixel_values" in row]
@@ -367,6 +372,8 @@ def test_two_ranks_with_pieces_of_the_weights_step_as_one(engine, make, rows, tm
         sum(losses).backward()
         torch.optim.SGD(model.parameters(), 0.1).step()
         expected[name] = [loss.item() for loss in losses], dict(model.state_dict())
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects often
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -93,8 +93,10 @@ def fit(model: nn.Module, data: Dataset, settings: BaseSettings, out: Path, titl
 
     from train.callbacks import ProgressLine, StopCleanly
     from train.checkpoints import newest
+    from train.process import name_accelerator
     from train.trainer import SealingTrainer
 
+    name_accelerator()
     folder = out / "checkpoints"
     arguments = TrainingArguments(
         output_dir=str(folder),
