@@ -47,23 +47,38 @@ def _check_sources(sources: Sequence[Source], where: str, seed: int) -> None:
         raise UserError(f"{where}: {error}") from error
 
 
-def stage_dataset(stage: StageRecipe, processor: Any, seed: int) -> ConversationDataset:
-    """Return the stage's dataset."""
-    return dataset_of(stage, stage.data, processor, seed)
+def stage_dataset(
+    stage: StageRecipe, processor: Any, seed: int, positions: int | None = None
+) -> ConversationDataset:
+    """Return the stage's dataset, see `dataset_of`."""
+    return dataset_of(stage, stage.data, processor, seed, positions)
 
 
 def dataset_of(
-    stage: StageRecipe, data: DataRecipe, processor: Any, seed: int
+    stage: StageRecipe, data: DataRecipe, processor: Any, seed: int, positions: int | None = None
 ) -> ConversationDataset:
-    """Return records as a stage sees them."""
-    limits = [stage.max_length, stage.packing and stage.packing.length]
+    """Return records as a stage sees them.
+
+    Args:
+        stage: says how long a row may be.
+        data: the records.
+        processor: of the stage's model.
+        seed: the run's.
+        positions: how many the language model knows; None: it has no limit, or none is asked for.
+    """
     return ConversationDataset(
         data.sources,
         processor,
         seed=seed,
         on_error=data.on_error,
-        max_length=min((limit for limit in limits if limit is not None), default=None),
+        max_length=longest_record(stage, positions),
     )
+
+
+def longest_record(stage: StageRecipe, positions: int | None) -> int | None:
+    """Return the most tokens of a stage's record; None: any number."""
+    limits = [stage.max_length, stage.packing and stage.packing.length, positions]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 class SkipNotes:

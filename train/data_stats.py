@@ -76,17 +76,20 @@ def recipe_dataset(recipe_file: str, stage_name: str | None) -> Any:
     from train.recipe import load_recipe
     from vlm.chat_templates import load
     from vlm.errors import UserError
+    from vlm.long_context import context_length
 
     recipe = load_recipe(recipe_file)
     stage = recipe.stages[-1] if stage_name is None else recipe.stage(stage_name)
     if not isinstance(stage.aim, NextToken):
         raise UserError(f"stages.{stage.name}: only stages that learn the next token have rows")
-    processor = build_skeleton(recipe.model).processor
+    skeleton = build_skeleton(recipe.model)
+    processor = skeleton.processor
     if processor is None:
         raise UserError(f"the tokenizer of the model in {recipe_file} is not on this machine")
     if stage.chat_template is not None:
         processor.chat_template = load(stage.chat_template)
-    return stage_dataset(stage, processor, recipe.seed)
+    positions = context_length(skeleton.model.config.text_config)
+    return stage_dataset(stage, processor, recipe.seed, positions)
 
 
 def _is_recipe(path: Path) -> bool:

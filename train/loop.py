@@ -27,6 +27,7 @@ from train.process import is_main_process, say
 from train.recipe import StageRecipe
 from train.trainer import VlmTrainer
 from train.validation import Validation
+from vlm.long_context import context_length
 
 LOG_NAME = "training_log.jsonl"
 
@@ -85,7 +86,8 @@ def _add_measurements(
 ) -> None:
     """Add what the recipe wants measured every n steps."""
     if stage.validation is not None:
-        held_out = dataset_of(stage, stage.validation.data, parts.dataset.processor, seed)
+        data, positions = stage.validation.data, context_length(parts.model.config.text_config)
+        held_out = dataset_of(stage, data, parts.dataset.processor, seed, positions)
         collate = Collator(parts.dataset.processor, bool(stage.packed))
         trainer.add_callback(Validation(trainer, held_out, collate, stage.validation.every))
     if stage.benchmark is not None:

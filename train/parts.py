@@ -13,6 +13,7 @@ from train.data import stage_dataset
 from train.objectives import QFormerStage1
 from train.recipe import Recipe, StageRecipe
 from train.trainer import VlmTrainer
+from vlm.long_context import context_length
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def stage_parts(
     if isinstance(stage.aim, QFormerStage1):
         return _first_stage(recipe, stage, stage.aim, previous, checkpoint)
     model, processor = build_model(recipe, stage, previous, checkpoint)
-    dataset = stage_dataset(stage, processor, recipe.seed)
+    positions = context_length(model.config.text_config)
+    dataset = stage_dataset(stage, processor, recipe.seed, positions)
     collate = Collator(processor, bool(stage.packed), loss_weight=stage.loss_weight)
     return StageParts(model, dataset, collate, VlmTrainer)
 

@@ -80,10 +80,30 @@ def in_order(
     return [next(queues[kind]) for kind in kinds_shown(checked)]
 
 
-def called(checked: Sequence[dict[str, Any]]) -> str:
-    """Return what a sentence calls the placeholders of checked messages together."""
+def check_length(
+    checked: Sequence[dict[str, Any]], length: int, counts: Sequence[int], max_length: int | None
+) -> None:
+    """Refuse a conversation that is too long; nothing is ever truncated.
+
+    Args:
+        checked: its messages.
+        length: its tokens.
+        counts: of these, the tokens of each image or video.
+        max_length: most tokens allowed; None: any number.
+
+    Raises:
+        UserError: it has more.
+    """
+    if max_length is None or length <= max_length:
+        return
     kinds = set(kinds_shown(checked))
-    return "images and videos" if len(kinds) == 2 else f"{next(iter(kinds), 'image')}s"
+    called = "images and videos" if len(kinds) == 2 else f"{next(iter(kinds), 'image')}s"
+    raise UserError(
+        f"the conversation takes {length} tokens ({sum(counts)} of them for {len(counts)} "
+        f"{called}), more than max_length {max_length}, which packed.length and the language "
+        "model's positions bound too; raise it (rope_factor raises the last), or choose a tiling "
+        "or connector with fewer tokens"
+    )
 
 
 def _check_message(index: int, message: Message, image_token: str) -> dict[str, Any]:

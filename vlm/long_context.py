@@ -14,7 +14,10 @@ from vlm.errors import UserError
 
 
 def context_length(text_config: Any) -> int | None:
-    """Return the longest sequence a language model knows; None where it has no limit."""
+    """Return the longest sequence a language model knows; None where it has no limit.
+
+    A hybrid that tells no positions apart may still name one (Jamba does): it is taken at its word.
+    """
     if hasattr(text_config, "max_position_embeddings"):
         return text_config.max_position_embeddings
     return None

@@ -17,7 +17,7 @@ from connectors.views import TextSource
 from vlm.chat_templates import CHAT_TEMPLATES, load
 from vlm.conversations import (
     Message,
-    called,
+    check_length,
     check_messages,
     in_order,
     kinds_shown,
@@ -259,12 +259,7 @@ class VlmProcessor(ProcessorMixin):
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_image] = counts
         length = int(repeats.sum())
-        if max_length is not None and length > max_length:
-            raise UserError(
-                f"the conversation takes {length} tokens ({sum(counts)} of them for {len(counts)} "
-                f"{called(checked)}), more than max_length {max_length} (of packed rows: their "
-                "length); raise it, or choose a tiling or connector with fewer tokens"
-            )
+        check_length(checked, length, counts, max_length)
         if not supervise:
             return np.repeat(ids, repeats), None
         learnt = tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image

@@ -1,8 +1,15 @@
 """Does a recipe's model look at videos, and read as far, as the recipe says?"""
 
+import json
+from dataclasses import replace
+
 import pytest
 
+from data_recipes.dataset import Skipped
 from train.build import build_model
+from train.data import longest_record
+from train.packing import Packing
+from train.parts import stage_parts
 from train.recipe import parse_recipe
 from vlm.errors import UserError
 
@@ -28,6 +35,37 @@ def test_rows_longer_than_the_context_are_refused(encoder_folder, language_model
     made = recipe(**parts_of(encoder_folder, language_model_folder))
     with pytest.raises(UserError, match=r"1500 is more than the 1024 .* model\.rope_factor to 2"):
         build_model(made, made.stages[0], None, None)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "packed", "positions", "longest"),
+    [
+        (None, False, None, None),  # a recurrent language model's
+        (None, True, 1024, 1024),
+        (90, False, 1024, 90),
+        (90, False, None, 90),
+        (None, Packing(length=60), 1024, 60),
+        (None, Packing(length=2048), 1024, 1024),  # several records, each within its positions
+    ],
+)
+def test_the_longest_record(max_length, packed, positions, longest, tree):
+    stage = parse_recipe(tree, "recipe").stages[0]
+    stage = replace(stage, max_length=max_length, packed=packed)
+    assert longest_record(stage, positions) == longest
+
+
+def test_a_record_longer_than_the_context_is_a_fault(tree, data_file):
+    rows = json.loads(data_file.read_text())
+    rows[5]["conversations"][1]["value"] = "and so on " * 600
+    data_file.write_text(json.dumps(rows))
+    recipe = parse_recipe(tree, "recipe")
+    dataset = stage_parts(recipe, recipe.stages[0], None, None).dataset
+    words = r"\(id 'r5'\): the conversation takes \d+ tokens .* more than max_length 1024"
+    with pytest.raises(UserError, match=words):
+        [dataset[position] for position in range(24)]
+    dataset.on_error = "skip"
+    (skipped,) = [item for item in map(dataset.__getitem__, range(24)) if isinstance(item, Skipped)]
+    assert skipped.row == 5
 
 
 def test_components_and_checkpoints_take_videos(

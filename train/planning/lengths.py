@@ -11,6 +11,7 @@ from data_recipes.dataset import ConversationDataset
 from data_recipes.image_files import shown_size
 from data_recipes.mixture import Mixture
 from data_recipes.readers import data_files, open_records
+from train.data import longest_record
 from train.packing import Packing, best_fit
 from train.planning.step import Pack, Sample, plan_views
 from train.recipe import StageRecipe
@@ -150,10 +151,16 @@ def count_records(stage: StageRecipe, seed: int) -> int | None:
 
 
 def measured_lengths(
-    stage: StageRecipe, processor: VlmProcessor, seed: int, num_records: int, micro_batch: int
+    stage: StageRecipe,
+    processor: VlmProcessor,
+    seed: int,
+    num_records: int,
+    micro_batch: int,
+    positions: int | None = None,
 ) -> Lengths | None:
     """Return the mean and the longest of the first records, pictures' headers read.
 
+    Records longer than the language model's `positions` are left out, as those above max_length.
     Packed rows share a micro-batch, so there the mean of the heaviest one stands for the longest.
     None where no record can be used; `vlm data check` says why.
     """
@@ -161,8 +168,8 @@ def measured_lengths(
     if stage.chat_template is not None:
         processor.chat_template = load(stage.chat_template)
     dataset = ConversationDataset(stage.data.sources, processor, seed)
-    limits = [stage.max_length, stage.packing and stage.packing.length]
-    number, most = min(num_records, len(dataset)), min(filter(None, limits), default=sys.maxsize)
+    number = min(num_records, len(dataset))
+    most = longest_record(stage, positions) or sys.maxsize
     found = [_row(dataset, processor, position) for position in range(number)]
     rows = [row for row in found if row is not None and _length(processor, row) <= most]
     if not rows:
@@ -182,18 +189,20 @@ def measured_lengths(
 
 
 def mean_sample(processor: VlmProcessor, rows: Sequence[Sample]) -> Sample:
-    """Return a sample of mean text and as many images as rows have on average.
+    """Return a sample of mean text and as many images and frames as rows have on average.
 
-    Each image is the middle one by tokens.
+    Each image is the middle one by tokens; all frames are of one video.
     """
     sizes = sorted(
         (size for row in rows for size in row.image_sizes), key=processor.image_processor.num_tokens
     )
     images = [sizes[len(sizes) // 2]] * round(len(sizes) / len(rows)) if sizes else []
+    frames = round(sum(sum(row.frames) for row in rows) / len(rows))
     return Sample(
         tuple(images),
         round(sum(row.text_tokens for row in rows) / len(rows)),
         round(sum(row.supervised_tokens for row in rows) / len(rows)),
+        (frames,) if frames else (),
     )
 
 
@@ -206,13 +215,15 @@ def _row(dataset: ConversationDataset, processor: VlmProcessor, position: int) -
         tokens, supervised = processor.count_tokens(record.messages, shown)
     except UserError:
         return None
-    # The tokens of a video count with the text; the encoding of its frames is not planned.
     sizes = tuple(size for size in shown if not isinstance(size, int))
-    images = sum(processor.image_processor.num_tokens(size, len(sizes)) for size in sizes)
-    return Sample(sizes, tokens - images, supervised)
+    sample = Sample(sizes, 0, supervised, tuple(n for n in shown if isinstance(n, int)))
+    return replace(sample, text_tokens=tokens - _length(processor, sample))
 
 
 def _length(processor: VlmProcessor, row: Sample) -> int:
-    """Return a row's tokens, images included."""
-    num_tokens = processor.image_processor.num_tokens
-    return row.text_tokens + sum(num_tokens(s, len(row.image_sizes)) for s in row.image_sizes)
+    """Return a row's tokens, images and videos included."""
+    of = processor.image_processor
+    images = sum(of.num_tokens(size, len(row.image_sizes)) for size in row.image_sizes)
+    any_size = (1, 1)  # of frames, whose tokens it does not change
+    videos = sum(of.num_tokens_of_grid(any_size, (0, frames)) for frames in row.frames)
+    return row.text_tokens + images + videos

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from train.build import check_context
 from train.features.plan import Demand, saved_share
 from train.objectives import NextToken
 from train.planning.advice import Advice, advise
@@ -30,6 +31,7 @@ from train.planning.step import Sample, StepCost, plan_views
 from train.recipe import Recipe, StageRecipe
 from vlm.errors import UserError
 from vlm.lm_head import CHUNK_ELEMENTS
+from vlm.long_context import context_length
 from vlm.quantization import Quantization
 from vlm.tiling import Size
 
@@ -185,6 +187,7 @@ def plan_stage(
 ) -> StagePlan:
     """Return the plan of one stage."""
     settings = read_settings(stage)
+    check_context(stage, skeleton.model)
     found = count_records(stage, recipe.seed)
     lengths = _lengths(recipe, stage, skeleton, settings, options, bool(found))
     costs = StageCosts(
@@ -240,7 +243,10 @@ def _lengths(
     text, processor, note = option_of(options.text_tokens, stage.name), skeleton.processor, ""
     if data_is_here and processor is not None and text is None:
         number = max(options.measured, 4 * settings.micro_batch)
-        measured = measured_lengths(stage, processor, recipe.seed, number, settings.micro_batch)
+        positions = context_length(skeleton.model.config.text_config)
+        measured = measured_lengths(
+            stage, processor, recipe.seed, number, settings.micro_batch, positions
+        )
         if measured is not None:
             return measured
         note = f"; none of the first {number} records can be used, `vlm data check` says why"

@@ -18,6 +18,7 @@ from vlm.encoders import VisionEncoder, build_vision_encoder
 from vlm.encoders.presets import ENCODERS, expand_preset
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
+from vlm.long_context import scale_positions
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
 from vlm.tiling import build_tiling, tiling_config
@@ -56,6 +57,8 @@ def build_skeleton(recipe: ModelRecipe) -> Skeleton:
         if processor is not None:
             processor.image_processor.set_video(recipe.video)
     model = hollow_model(config)
+    if recipe.rope_factor is not None:
+        scale_positions(model.model.language_model, recipe.rope_factor)
     parameters = count_parts(model)
     whole = _whole_encoder(model.model.vision_tower.config, parameters["vision_tower"])
     return Skeleton(model, processor, parameters, {**parameters, "vision_tower": whole})

@@ -28,8 +28,9 @@ class Sample:
     """One record as far as cost goes; sizes are (width, height) in pixels."""
 
     image_sizes: tuple[Size, ...]
-    text_tokens: int  # all but the images'
+    text_tokens: int  # all but the images' and the videos'
     supervised_tokens: int  # of the text
+    frames: tuple[int, ...] = ()  # of each video
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,27 @@ class StepCost:
 
 
 def plan_views(model: Any, sample: Sample) -> tuple[list[Size], int, int]:
-    """Return (grid of each image, image tokens, views) of a sample."""
+    """Return (grid of each image, then of each video; their tokens; their views) of a sample."""
     parts = model.model
     size, grid = parts.vision_tower.image_size, parts.view_token_grid()
     plans = [
         parts.tiling.plan(width, height, size, len(sample.image_sizes))
         for width, height in sample.image_sizes
     ]
+    grids = [*(plan.grid for plan in plans), *((0, frames) for frames in sample.frames)]
     tokens = [
-        num_image_tokens(image, parts.tiling, size, grid, plan.grid)
-        for image, plan in zip(sample.image_sizes, plans, strict=True)
+        num_image_tokens(shown, parts.tiling, size, grid, cut, parts.video)
+        for shown, cut in zip(sizes_shown(sample), grids, strict=True)
     ]
-    return [plan.grid for plan in plans], sum(tokens), sum(plan.num_views for plan in plans)
+    return grids, sum(tokens), sum(plan.num_views for plan in plans) + sum(sample.frames)
+
+
+def sizes_shown(sample: Sample) -> list[Size]:
+    """Return (width, height) of a sample's images, then of its videos: any, as nothing rests on it.
+
+    A frame is a view, whatever its size.
+    """
+    return [*sample.image_sizes, *((1, 1) for _ in sample.frames)]
 
 
 def make_batch(
@@ -115,7 +125,7 @@ def make_batch(
     if grids:
         size = model.model.vision_tower.image_size
         views = sum(laid[document]["views"] for document in documents)
-        pixels = [pair for document in documents for pair in document.image_sizes]
+        pixels = [pair for document in documents for pair in sizes_shown(document)]
         batch["pixel_values"] = torch.empty(views, 3, size, size, device=META)
         batch["tile_grids"] = torch.tensor(grids)
         batch["image_sizes"] = torch.tensor([(height, width) for width, height in pixels])
@@ -126,7 +136,7 @@ def make_batch(
 
 
 def _lay_out(model: Any, sample: Sample) -> dict[str, Any]:
-    """Return a record's ids (L,) and labels (L,), the grids of its images and its views."""
+    """Return a record's ids (L,) and labels (L,), the grids of what it shows and its views."""
     grids, image_tokens, views = plan_views(model, sample)
     length = image_tokens + sample.text_tokens
     ids = torch.zeros(length, dtype=torch.long)

@@ -1,7 +1,10 @@
 """Are rows measured where the data is, and assumed in plain words where it is not?"""
 
+import json
+
 import pytest
 
+from train.data import stage_dataset
 from train.packing import Packing
 from train.planning.lengths import (
     assumed_lengths,
@@ -11,7 +14,7 @@ from train.planning.lengths import (
     pack_assumed,
 )
 from train.planning.skeleton import build_skeleton
-from train.planning.step import Pack, Sample
+from train.planning.step import Pack, Sample, plan_views
 from train.recipe import parse_recipe
 from vlm.errors import UserError
 
@@ -130,3 +133,31 @@ def test_records_of_an_epoch(tree):
     assert count_records(stages[0], 0) == 48
     tree["stages"][0]["data"]["sources"][0]["path"] = "nowhere.json"
     assert count_records(parse_recipe(tree, "recipe").stages[0], 0) is None
+
+
+def test_rows_of_videos_have_the_processors_length(tree, data_file, make_clip):
+    tree["model"]["video"] = {"frames": 6, "pool": "average", "newline": "frame"}
+    rows = json.loads(data_file.read_text())[:12]
+    make_clip(data_file.parent / "a.mp4", num_frames=9)
+    make_clip(data_file.parent / "b.mp4", num_frames=3)
+    for row in rows[:6]:
+        row["conversations"][0]["value"] = "<image><video>\nWhat?"
+        row["video"] = "a.mp4" if row["id"] in ("r2", "r4") else "b.mp4"
+    data_file.write_text(json.dumps(rows))
+    recipe = parse_recipe(tree, "recipe")
+    skeleton = build_skeleton(recipe.model)
+    dataset = stage_dataset(recipe.stages[1], skeleton.processor, 0)
+    lengths = measured_lengths(recipe.stages[1], skeleton.processor, 0, 12, 4)
+    longest = max(dataset.num_tokens(position) for position in range(12))
+    _, tokens, views = plan_views(skeleton.model, lengths.longest)
+    assert tokens + lengths.longest.text_tokens == longest
+    assert (views, lengths.longest.frames) == (1 + 6, (6,))
+    assert lengths.mean.frames == (round((2 * 6 + 4 * 3) / 12),)
+
+
+def test_records_longer_than_the_context_are_left_out(tree):
+    recipe = parse_recipe(tree, "recipe")
+    processor = processor_of(recipe)
+    longest = measured_lengths(recipe.stages[1], processor, 0, 24, 4).longest.text_tokens + 16
+    kept = measured_lengths(recipe.stages[1], processor, 0, 24, 4, positions=longest - 1)
+    assert kept.longest.text_tokens + 16 < longest

@@ -307,3 +307,13 @@ def test_numbers_by_stage():
 
 def test_columns_line_up():
     assert columns([["a", "100"], ["bcd", "2"]], "") == ["a    100", "bcd    2"]
+
+
+def test_rows_longer_than_the_context_are_refused(tree):
+    stage = {**tree["stages"][1], "max_length": 1500}
+    tree["stages"] = [stage]
+    known = options(image_sizes=((32, 32),))
+    with pytest.raises(UserError, match=r"1500 is more than the 1024 .* model\.rope_factor to 2"):
+        make_plan(parse_recipe(tree, "recipe"), known)
+    tree["model"]["rope_factor"] = 2.0
+    assert make_plan(parse_recipe(tree, "recipe"), known).stages[0].longest_length == 1500

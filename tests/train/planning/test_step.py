@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from train.freeze import freeze
 from train.planning import rehearsal
 from train.planning.rehearsal import Rehearsal
+from train.planning.skeleton import hollow_model
 from train.planning.step import Pack, Sample, make_batch, plan_views, rehearse
+from vlm.video_layout import VideoConfig
 
 SAMPLE = Sample(((48, 40),), 20, 9)
 ALL = ("vision_tower", "connector", "language_model")
@@ -220,3 +222,24 @@ def test_a_samples_tokens_are_those_that_the_model_counts(both):
     assert tokens == sum(
         hollow.model.count_image_tokens(torch.tensor(grids), torch.tensor([[32, 64], [32, 32]]))
     )
+
+
+@pytest.mark.parametrize("newline", ["no_token", "grid"])
+def test_frames_are_views_and_their_tokens_are_pooled(newline, both):
+    video = {"frames": 8, "stride": 2, "newline": newline}
+    real, _ = both(tiling=ANYRES)
+    real.model.set_video(VideoConfig(**video))
+    real.config.video = video
+    hollow = hollow_model(real.config)
+    shown = Sample(((64, 32),), 20, 9, frames=(3, 5))
+    grids, tokens, views = plan_views(hollow, shown)
+    assert (grids, views) == ([(1, 2), (0, 3), (0, 5)], 3 + 3 + 5)
+    sizes = torch.tensor([[32, 64], [1, 1], [1, 1]])
+    assert tokens == sum(real.model.count_image_tokens(torch.tensor(grids), sizes))
+    lone = rehearse(prepare(hollow, ALL), Sample(((64, 32),), 20, 9), 2)
+    cost = rehearse(hollow, shown, 2)
+    assert (cost.views, cost.length) == (2 * views, tokens + 20)
+    # the encoder's operations grow with the views alone
+    assert cost.forward["vision_tower"] * 3 == lone.forward["vision_tower"] * views
+    packed = rehearse(hollow, Pack((shown, Sample((), 8, 3))), 1)
+    assert (packed.views, packed.length) == (views, tokens + 28)
