@@ -1,8 +1,8 @@
 """How does a second model answer the same questions, beside the first?
 
 It follows the first conversation: each question that is posted there goes to both, and both stream
-at once. What the second was not asked (a conversation that was loaded, a question it failed at), it
-takes over from the first, words and all.
+at once. What the second was not asked (a conversation that was opened, a question it failed at), it
+takes over from the first, words and all; its page tells whose words these are.
 """
 
 import copy
@@ -15,6 +15,7 @@ from gradio.events import Dependency
 
 from demo.handlers import Handlers, Messages
 from demo.page_parts import ALWAYS, Page
+from demo.saved import Restored
 from demo.talk import Asked, Served, Talk
 from demo.told import told
 from vlm.chat_session import ChatSession, Sampling
@@ -47,11 +48,8 @@ class Second:
         if asked is None or talk.stopped:
             yield gr.skip()
             return
-        if talk.beside is None:
-            chat = ChatSession(self.served.model, self.served.processor, Sampling())
-            talk.beside = Talk(chat, talk.folder)
-        second = talk.beside
-        follow(second.chat, asked)
+        second = talk.beside = talk.beside or begin_beside(self.served, talk)
+        follow(second, asked)
         second.question, second.stopped = asked.question, False
         try:
             numbers = (temperature, top_p, max_new_tokens, beams)
@@ -61,8 +59,22 @@ class Second:
             second.question, second.chat.waiting = None, []
 
 
-def follow(chat: ChatSession, asked: Asked) -> None:
-    """Bring a conversation to where the first was when a question was asked there."""
+def begin_beside(served: Served, talk: Talk) -> Talk:
+    """Return an empty conversation with the second model."""
+    return Talk(ChatSession(served.model, served.processor, Sampling()), talk.folder)
+
+
+def restore(served: Served, talk: Talk, restored: Restored | None) -> None:
+    """Let the second conversation go on where it ended; None: it was not saved and begins anew."""
+    talk.beside = None
+    if restored is not None:
+        talk.beside = begin_beside(served, talk)
+        restored.put_into(talk.beside.chat)
+
+
+def follow(second: Talk, asked: Asked) -> None:
+    """Bring the second conversation to where the first was when a question was asked there."""
+    chat = second.chat
     chat.system = asked.system
     number = len(_questions(asked.messages))
     own = _questions(chat.messages)
@@ -71,6 +83,8 @@ def follow(chat: ChatSession, asked: Asked) -> None:
             chat.rewind(number)
     else:
         chat.messages, chat.images = copy.deepcopy(list(asked.messages)), list(asked.images)
+        second.taken_over = len(chat.messages)
+    second.taken_over = min(second.taken_over, len(chat.messages))
     if not chat.messages:
         chat.clear()
     chat.waiting = list(asked.waiting)
@@ -101,8 +115,8 @@ def mount_comparing(
     posts: Sequence[Dependency],
     answered: Sequence[Dependency],
     cleared: Sequence[Any],
-) -> None:
-    """Mount the second conversation, if there is a second model.
+) -> gr.Chatbot | None:
+    """Mount the second conversation and return it; None: there is no second model.
 
     Args:
         page: where.
@@ -112,7 +126,7 @@ def mount_comparing(
     """
     other = page.served.other
     if other is None:
-        return
+        return None
     with page.chats, gr.Column(min_width=0, elem_id="second"):
         gr.HTML(f"<h2>{html.escape(other.name)}</h2>", padding=False)
         chatbot = page.labels.new(
@@ -146,3 +160,4 @@ def mount_comparing(
         end.then(_buttons, page.talk, page.box, **ALWAYS)
     for event in cleared:
         event(new_chat, page.talk, chatbot, **ALWAYS)
+    return chatbot

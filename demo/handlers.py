@@ -20,6 +20,7 @@ from demo.uploads import keep_file
 from demo.wording import say
 from vlm.chat_session import Sampling
 from vlm.errors import UserError
+from vlm.video import SampledVideo
 
 SECONDS_BETWEEN_UPDATES = 0.05
 Messages = list[dict[str, Any]]
@@ -61,6 +62,9 @@ class Handlers:
         ours = (self.served.folder, FOLDER)
         if not all(any(path.resolve().is_relative_to(top) for top in ours) for path in files):
             raise UserError(say(words, "foreign_file"))
+        system = (system or "").strip()
+        if len(system) > limits.max_question and not talk.chat.messages:
+            raise UserError(say(words, "system_too_long", limit=limits.max_question))
         if talk.num_pictures() + len(files) > limits.max_pictures:
             raise UserError(say(words, "too_many_pictures", limit=limits.max_pictures))
         before = talk.chat.waiting
@@ -72,11 +76,11 @@ class Handlers:
             talk.chat.waiting = before
             raise
         if not talk.chat.messages:
-            waiting, talk.chat.system = talk.chat.waiting, (system or "").strip() or None
+            waiting, talk.chat.system = talk.chat.waiting, system or None
             talk.chat.clear()
             talk.chat.waiting = waiting
         talk.put(text)
-        return talk, shown(talk, say(words, "picture")), busy_box()
+        return talk, shown(talk, words), busy_box()
 
     def open_talk(self, talk: Talk | None, request: gr.Request) -> Talk:
         """Return the visitor's conversation, a new one if there is none.
@@ -120,7 +124,7 @@ class Handlers:
         Raises:
             UserError: the question cannot be encoded, or the conversation is too long.
         """
-        word = say(language(request), "picture")
+        words = language(request)
         if talk.question is None or talk.stopped:
             yield self._take_back(talk, request)
             return
@@ -130,9 +134,9 @@ class Handlers:
             max_new_tokens=int(max_new_tokens),
             num_beams=int(beams),
         )
-        left_out = talk.chat.fit_videos(talk.question)
-        if left_out is not None:
-            gr.Info(left_out)
+        known = {"frames": _most_frames(talk), "reply": talk.chat.sampling.max_new_tokens}
+        if talk.chat.fit_videos(talk.question) is not None:
+            gr.Info(say(words, "frames_left_out", kept=_most_frames(talk), **known))
         last, talk.answering = 0.0, True
         try:
             with closing(talk.chat.ask(talk.question)) as pieces:
@@ -141,12 +145,12 @@ class Handlers:
                     if talk.stopped:
                         break
                     if time.monotonic() - last > SECONDS_BETWEEN_UPDATES:
-                        yield shown(talk, word), gr.skip()
+                        yield shown(talk, words), gr.skip()
                         last = time.monotonic()
         finally:
             talk.answering = False
         talk.question = None  # also where the reply is empty
-        yield shown(talk, word), idle_box()
+        yield shown(talk, words), idle_box()
 
     def _take_back(self, talk: Talk | None, request: gr.Request) -> tuple[Messages, dict[str, Any]]:
         """Put a question that was not answered back into the box, with its pictures."""
@@ -210,8 +214,14 @@ def stop(talk: Talk | None) -> None:
         talk.stop()
 
 
+def _most_frames(talk: Talk) -> int:
+    """Return how many frames are looked at of the longest video that waits."""
+    videos = (medium for _, medium in talk.chat.waiting if isinstance(medium, SampledVideo))
+    return max((len(video.frames) for video in videos), default=0)
+
+
 def _messages(talk: Talk | None, request: gr.Request) -> Messages:
-    return [] if talk is None else shown(talk, say(language(request), "picture"))
+    return [] if talk is None else shown(talk, language(request))
 
 
 def busy_box() -> dict[str, Any]:

@@ -16,7 +16,7 @@ class Limits:
     max_requests_address: int = 1200  # the same, of all visitors from one address
     max_visitors: int = 200  # conversations that are held in memory
     max_disk_mb: int = 2000  # of uploads, pictures and videos of all visitors
-    max_question: int = 8000  # characters
+    max_question: int = 8000  # characters, of a system prompt too
 
     def __post_init__(self) -> None:
         from vlm.errors import UserError  # heavy, and `vlm demo --help` reads this file

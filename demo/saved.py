@@ -1,40 +1,32 @@
 """How is a conversation kept in one file that `vlm train` reads when it is unpacked?
 
     conversation.json     one record in LLaVA's form; its pictures are named from this folder
+    second.json           another with a second model's answers, if there was one
     pictures/1.png, videos/2.mp4 ...    numbered as they were shown
 
 Questions without an answer are left out: a training record cannot have them.
 """
 
 import json
-import lzma
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_recipes.records import Record, to_messages
 from demo.limits import Limits
+from demo.told import is_disk_full
 from demo.uploads import keep_file
 from demo.wording import say
+from demo.zips import BROKEN, check_directory, check_sizes, member
 from vlm.chat_session import ChatSession, Medium
 from vlm.errors import UserError
 from vlm.video import SampledVideo
 
-RECORD = "conversation.json"
+RECORD, SECOND = "conversation.json", "second.json"
 FOLDERS = {"image": "pictures", "video": "videos"}
 MAX_RECORD = 4_000_000  # bytes
-MAX_ENTRIES = 200  # of a zip
-MAX_DIRECTORY = MAX_ENTRIES * 300  # bytes of a zip's list of entries, with names of some length
-MAX_RATIO = 50  # times as large as the zip; pictures and videos hardly shrink, text some 10 times
-# What a damaged zip, or one in a way that is not known here, raises.
-BROKEN = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
-    *(NotImplementedError, RuntimeError),
-)
 
 
 @dataclass(frozen=True)
@@ -44,11 +36,58 @@ class Restored:
     system: str | None
     messages: list[dict[str, Any]]
     images: list[tuple[str, Medium]]
+    second: "Restored | None" = None
+
+    def put_into(self, chat: ChatSession) -> None:
+        """Let a conversation go on where this one ended."""
+        chat.clear()
+        chat.system, chat.messages, chat.images = self.system, self.messages, self.images
 
 
-def pack(chat: ChatSession, path: Path) -> bool:
-    """Write a conversation and its pictures as a zip; False: nothing was answered yet."""
-    turns = chat.to_record(path.stem)["conversations"]
+def pack(chat: ChatSession, path: Path, second: ChatSession | None = None) -> bool:
+    """Write a conversation and its pictures as a zip; False: nothing was answered yet.
+
+    Args:
+        chat: the conversation.
+        path: of the zip.
+        second: the same questions, answered by a second model.
+    """
+    kept = {RECORD: _answered(chat)} | ({} if second is None else {SECOND: _answered(second)})
+    if not kept[RECORD].turns:
+        return False
+    inside: dict[str, str] = {}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, medium in (file for one in kept.values() for file in one.files):
+            if name not in inside:
+                kind = FOLDERS["video" if isinstance(medium, SampledVideo) else "image"]
+                inside[name] = f"{kind}/{len(inside) + 1}{Path(name).suffix}"
+                archive.write(name, inside[name])
+        for file, one in kept.items():
+            if one.turns:
+                record = one.record(path.stem, inside)
+                text = json.dumps([record], indent=2, ensure_ascii=False)
+                archive.writestr(file, text + "\n")
+    return True
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """The turns of a conversation's answered questions, in LLaVA's form, and their files."""
+
+    turns: list[dict[str, str]]
+    files: list[tuple[str, Medium]]
+
+    def record(self, name: str, inside: Mapping[str, str]) -> dict[str, Any]:
+        """Return a record; `inside` says what its files are called in the zip."""
+        record: dict[str, Any] = {"id": name}
+        for path, medium in self.files:
+            kind = "video" if isinstance(medium, SampledVideo) else "image"
+            record.setdefault(kind, []).append(inside[path])
+        return record | {"conversations": self.turns}
+
+
+def _answered(chat: ChatSession) -> _Answered:
+    turns = chat.to_record("")["conversations"]
     kept_turns = [turn for turn in turns[:1] if turn["from"] == "system"]
     first, seen = len(kept_turns), 0
     files: list[tuple[str, Medium]] = []
@@ -58,19 +97,7 @@ def pack(chat: ChatSession, path: Path) -> bool:
             kept_turns += turns[number : number + 2]
             files += chat.images[seen : seen + num]
         seen += num
-    if len(kept_turns) == first:
-        return False
-    record: dict[str, Any] = {"id": path.stem}
-    with zipfile.ZipFile(path, "w") as archive:
-        for number, (name, medium) in enumerate(files, start=1):
-            kind = "video" if isinstance(medium, SampledVideo) else "image"
-            inside = f"{FOLDERS[kind]}/{number}{Path(name).suffix}"
-            record.setdefault(kind, []).append(inside)
-            archive.write(name, inside)
-        record["conversations"] = kept_turns
-        text = json.dumps([record], indent=2, ensure_ascii=False)
-        archive.writestr(RECORD, text + "\n")
-    return True
+    return _Answered(kept_turns if len(kept_turns) > first else [], files)
 
 
 def unpack(
@@ -92,77 +119,36 @@ def unpack(
         with source.open("rb") as file:
             return _restore(_record(file.read(MAX_RECORD + 1), language), [], language)
     try:
-        _check_directory(source, language)
+        check_directory(source, language)
         with zipfile.ZipFile(source) as archive:
-            _check_sizes(archive, source.stat().st_size, limits, language)
-            record = _record(_member(archive, RECORD, MAX_RECORD, language), language)
-            names = _in_shown_order(record)
+            check_sizes(archive, source.stat().st_size, limits, MAX_RECORD, language)
+            records = {
+                name: _record(member(archive, name, MAX_RECORD, language), language)
+                for name in (RECORD, SECOND)
+                if name == RECORD or name in archive.namelist()
+            }
+            shown = {name: _in_shown_order(record) for name, record in records.items()}
+            names = dict.fromkeys(name for some in shown.values() for name in some)
             if len(names) > limits.max_pictures:
                 raise UserError(say(language, "too_many_pictures", limit=limits.max_pictures))
-            media = []
+            media = {}
             for number, name in enumerate(names):
-                data = _member(archive, name, limits.max_file_bytes, language)
+                data = member(archive, name, limits.max_file_bytes, language)
                 given = folder / f"given-{number}"
-                given.write_bytes(data)
                 try:
-                    media.append(keep_file(given, name, chat, folder, limits, language))
+                    given.write_bytes(data)
+                    media[name] = keep_file(given, name, chat, folder, limits, language)
                 finally:
-                    given.unlink()
+                    given.unlink(missing_ok=True)
     except BROKEN as error:
+        if is_disk_full(error):
+            raise
         raise UserError(say(language, "no_conversation")) from error
-    return _restore(record, media, language)
-
-
-def _check_directory(source: Path, language: str) -> None:
-    """Refuse a zip whose list of entries is long, before it is read: each takes a kilobyte then.
-
-    The last record of a zip tells how long the list is (PKWARE's APPNOTE, 4.3.16); one for longer
-    lists than a conversation has may stand before it (4.3.15).
-
-    Raises:
-        UserError: it is too long, or there is no such record.
-    """
-    with source.open("rb") as file:
-        file.seek(max(0, source.stat().st_size - 66_000))
-        end = file.read()
-    place = end.rfind(b"PK\x05\x06")
-    if place < 0 or len(end) < place + 22:
-        raise UserError(say(language, "no_conversation"))
-    (length,) = struct.unpack_from("<L", end, place + 12)
-    if length > MAX_DIRECTORY or end[max(0, place - 20) : place].startswith(b"PK\x06\x07"):
-        raise UserError(say(language, "too_many_in_zip", limit=MAX_ENTRIES))
-
-
-def _check_sizes(archive: zipfile.ZipFile, size: int, limits: Limits, language: str) -> None:
-    """Refuse a zip of so many bytes that holds too many entries, or too much of them.
-
-    What an entry tells of its size may be untrue; `_member` reads no more than it may.
-
-    Raises:
-        UserError: it does.
-    """
-    entries = archive.infolist()
-    if len(entries) > MAX_ENTRIES:
-        raise UserError(say(language, "too_many_in_zip", limit=MAX_ENTRIES))
-    most = min(limits.max_upload_bytes, MAX_RECORD + MAX_RATIO * size)
-    if sum(entry.file_size for entry in entries) > most:
-        raise UserError(say(language, "zip_too_large", limit=most // 1_000_000))
-
-
-def _member(archive: zipfile.ZipFile, name: str, most: int, language: str) -> bytes:
-    """Return a file of a zip, which may lie about its size.
-
-    Raises:
-        UserError: it is not there, or larger than `most` bytes.
-    """
-    try:
-        with archive.open(name) as file:
-            data = file.read(most + 1)
-    except KeyError as error:
-        raise UserError(say(language, "missing_in_zip", name=name)) from error
-    if len(data) > most:
-        raise UserError(say(language, "file_too_large", name=name, limit=most // 1_000_000))
-    return data
+    restored = {
+        name: _restore(record, [media[file] for file in shown[name]], language)
+        for name, record in records.items()
+    }
+    return replace(restored[RECORD], second=restored.get(SECOND))
 
 
 def _record(data: bytes, language: str) -> Record:
@@ -182,7 +168,10 @@ def _record(data: bytes, language: str) -> Record:
         if len(value) != 1:
             raise UserError(say(language, "one_conversation", count=len(value)))
         value = value[0]
-    return to_messages(value, RECORD)
+    try:
+        return to_messages(value, RECORD)
+    except UserError as error:
+        raise UserError(say(language, "no_record", reason=error)) from error
 
 
 def _in_shown_order(record: Record) -> list[str]:

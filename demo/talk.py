@@ -11,6 +11,7 @@ from typing import Any
 from demo.as_written import as_written
 from demo.limits import Limits
 from demo.strip import strip_file
+from demo.wording import say
 from vlm.chat_session import ChatSession, Sampling
 from vlm.image_processing import Medium
 from vlm.modeling import VlmForConditionalGeneration
@@ -53,6 +54,7 @@ class Talk:
     stopped: bool = False  # the visitor wants no more of the reply
     asked: Asked | None = None  # the last question
     beside: "Talk | None" = None  # the same questions, put to a second model
+    taken_over: int = 0  # messages at the beginning that the first model's conversation had
 
     def put(self, question: str) -> None:
         """Let a question be answered, about what is waiting."""
@@ -67,6 +69,12 @@ class Talk:
         self.chat.stop()
         if self.beside is not None:
             self.beside.stop()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a question waits for its reply, or a model speaks."""
+        is_waiting = self.question is not None or self.answering
+        return is_waiting or (self.beside is not None and self.beside.answering)
 
     def num_pictures(self) -> int:
         """Return how many pictures the conversation has, with those of the next question."""
@@ -138,14 +146,16 @@ def _remove(talk: Talk) -> None:
     shutil.rmtree(talk.folder, ignore_errors=True)
 
 
-def shown(talk: Talk, picture_word: str) -> list[dict[str, Any]]:
+def shown(talk: Talk, language: str) -> list[dict[str, Any]]:
     """Return the conversation as `gr.Chatbot` takes it: pictures and text apart.
 
     Args:
         talk: the conversation; its unanswered question comes last.
-        picture_word: begins the pictures' alternative text.
+        language: of the pictures' alternative texts, and of what is said of other models' words.
     """
-    turns = [message for message in talk.chat.messages if message["role"] != "system"]
+    has_system = any(message["role"] == "system" for message in talk.chat.messages)
+    turns = talk.chat.messages[has_system:]
+    others_end = talk.taken_over - has_system
     media = [*talk.chat.images, *talk.chat.waiting]
     if talk.question is not None:
         waiting = [{"type": "image"} for _ in talk.chat.waiting]
@@ -153,10 +163,10 @@ def shown(talk: Talk, picture_word: str) -> list[dict[str, Any]]:
         turns = [*turns, {"role": "user", "content": [*waiting, text]}]
     messages: list[dict[str, Any]] = []
     seen = 0
-    for turn in turns:
+    for place, turn in enumerate(turns):
         num = len(turn["content"]) - 1
         files = [
-            {"path": path, "alt_text": f"{picture_word} {number + 1}"}
+            {"path": path, "alt_text": f"{say(language, 'picture')} {number + 1}"}
             for number in range(seen, seen + num)
             for path in _shown_files(*media[number])
         ]
@@ -164,6 +174,8 @@ def shown(talk: Talk, picture_word: str) -> list[dict[str, Any]]:
         if files:  # apart from the text: gradio's edit button fails in a mixed message
             messages.append({"role": turn["role"], "content": files})
         text = as_written(turn["content"][-1]["text"])
+        if turn["role"] == "assistant" and place < others_end:
+            text = f"*{say(language, 'said_by_first')}*\n\n{text}"
         messages.append({"role": turn["role"], "content": text})
     return messages
 

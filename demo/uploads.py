@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from demo.limits import Limits
+from demo.told import reason
 from demo.wording import say
 from vlm.chat_session import ChatSession, Medium
 from vlm.errors import UserError
@@ -94,7 +95,7 @@ def keep_video(
         chat.add_video(path, limits=checks)
     except UserError as error:
         path.unlink()
-        raise UserError(str(error).replace(str(path), name)) from error
+        raise UserError(reason(error, language, path=name).replace(str(path), name)) from error
     return chat.waiting.pop()
 
 

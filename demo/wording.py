@@ -13,6 +13,7 @@ ENGLISH: Mapping[str, str] = {
     "sample_describe": "What is in the picture?",
     "conversation": "Conversation",
     "second": "Conversation with the second model",
+    "said_by_first": "The first model’s words:",
     "settings": "### Settings",
     "system": "System prompt",
     "system_info": "Counts from the next new chat on.",
@@ -89,6 +90,9 @@ ENGLISH: Mapping[str, str] = {
     "no_picture": "{name} is no picture (PNG, JPEG, WebP, GIF, BMP, TIFF) and no video.",
     "too_many_pictures": "A conversation can have {limit} pictures; begin a new chat.",
     "question_too_long": "The question has more than {limit} characters; shorten it.",
+    "system_too_long": "The system prompt has more than {limit} characters; shorten it.",
+    "frames_left_out": "{kept} of {frames} frames are looked at: more do not fit the model beside "
+    "the question and a reply of up to {reply} tokens.",
     "no_question": "Write a question first.",
     "still_answering": "Wait for the reply, or stop it.",
     "foreign_page": "This request does not come from the demo's own page.",
@@ -107,6 +111,26 @@ ENGLISH: Mapping[str, str] = {
     "too_many_in_zip": "The zip holds more than the {limit} files that are taken.",
     "zip_too_large": "Unpacked, the zip would be larger than the {limit} MB that are taken.",
     "pictures_missing": "The record names {count} pictures; open the zip that holds them.",
+    "no_record": "{reason}",
+    # reasons that the model's code gives, by their code
+    "video_empty": "{path} is empty (0 bytes).",
+    "video_damaged": "{path} cannot be read: it is damaged, cut short, or no video (known are MP4, "
+    "MOV, MKV, WebM, AVI, MPEG, FLV, OGG, ASF and GIF).",
+    "video_unreadable": "{path} cannot be read: {reason}.",
+    "video_frame_damaged": "The frame of {path} at {seconds:.2f} s cannot be decoded; the file is "
+    "damaged or cut short.",
+    "video_no_frame": "{path} holds no frame.",
+    "video_no_pictures": "{path} holds sound or nothing; there is nothing to see.",
+    "video_unknown_codec": "{path} is coded in a way that is not known here.",
+    "video_long": "{path} lasts {seconds:,.0f} s, more than the limit of {limit:,.0f} s; cut it.",
+    "video_large": "{path} has frames of {width} × {height} pixels, more than the {limit:,} pixels "
+    "that are taken; make them smaller.",
+    "video_frames": "{path} has more than the {limit:,} frames that are read; cut it.",
+    "video_slow": "{path} takes more than {limit:g} s to read; cut it or make it smaller.",
+    "no_videos": "Videos cannot be read on this server.",
+    "conversation_long": "The conversation takes {length:,} tokens, more than the {limit:,} that "
+    "this model can read; begin a new chat, or ask for less.",
+    "image_token": "{token} stands for a picture to this model; write it otherwise.",
     "gone": "This conversation is no longer there; begin a new chat.",
     "our_fault": "Something went wrong on the server; its log says what. Try again.",
 }
@@ -121,6 +145,7 @@ CHINESE: Mapping[str, str] = {
     "sample_describe": "图中有什么？",
     "conversation": "对话",
     "second": "与第二个模型的对话",
+    "said_by_first": "第一个模型的话：",
     "settings": "### 设置",
     "system": "系统提示",
     "system_info": "从下一次新对话起生效。",
@@ -194,6 +219,9 @@ CHINESE: Mapping[str, str] = {
     "no_picture": "{name} 不是图片（PNG、JPEG、WebP、GIF、BMP、TIFF），也不是视频。",
     "too_many_pictures": "一次对话最多 {limit} 张图片；请开始新对话。",
     "question_too_long": "问题超过 {limit} 个字符；请缩短。",
+    "system_too_long": "系统提示超过 {limit} 个字符；请缩短。",
+    "frames_left_out": "只看 {frames} 帧中的 {kept} 帧：加上问题和最多 {reply} 个词元的回复，"
+    "模型放不下更多。",
     "no_question": "请先写下问题。",
     "still_answering": "请等待回复，或将其停止。",
     "foreign_page": "该请求不是来自本演示页面。",
@@ -212,6 +240,23 @@ CHINESE: Mapping[str, str] = {
     "too_many_in_zip": "zip 中的文件超过了 {limit} 个的上限。",
     "zip_too_large": "zip 解压后超过了 {limit} MB 的上限。",
     "pictures_missing": "记录中有 {count} 张图片；请打开包含它们的 zip。",
+    "no_record": "这不是可用的对话记录（原因，英文）：{reason}",
+    "video_empty": "{path} 是空文件（0 字节）。",
+    "video_damaged": "无法读取 {path}：它已损坏、被截断，或不是视频（可用 MP4、"
+    "MOV、MKV、WebM、AVI、MPEG、FLV、OGG、ASF 和 GIF）。",
+    "video_unreadable": "无法读取 {path}：{reason}。",
+    "video_frame_damaged": "{path} 在 {seconds:.2f} 秒处的帧无法解码；文件已损坏或被截断。",
+    "video_no_frame": "{path} 中没有帧。",
+    "video_no_pictures": "{path} 中没有画面（只有声音或什么都没有）。",
+    "video_unknown_codec": "{path} 的编码方式在这里无法识别。",
+    "video_long": "{path} 长 {seconds:,.0f} 秒，超过 {limit:,.0f} 秒的上限；请剪短。",
+    "video_large": "{path} 的帧为 {width} × {height} 像素，超过 {limit:,} 像素的上限；请缩小。",
+    "video_frames": "{path} 的帧数超过 {limit:,} 的上限；请剪短。",
+    "video_slow": "读取 {path} 需要超过 {limit:g} 秒；请剪短或缩小。",
+    "no_videos": "此服务器无法读取视频。",
+    "conversation_long": "对话共 {length:,} 个词元，超过此模型可读的 {limit:,} 个；"
+    "请开始新对话，或缩短问题。",
+    "image_token": "{token} 对此模型代表一张图片；请换一种写法。",
     "gone": "这个对话已不存在；请开始新对话。",
     "our_fault": "服务器出错，日志中有说明。请重试。",
 }

@@ -102,7 +102,10 @@ def check_length(
         f"the conversation takes {length} tokens ({sum(counts)} of them for {len(counts)} "
         f"{called}), more than max_length {max_length}, which packed.length and the language "
         "model's positions bound too; raise it (rope_factor raises the last), or choose a tiling "
-        "or connector with fewer tokens"
+        "or connector with fewer tokens",
+        "conversation_long",
+        length=length,
+        limit=max_length,
     )
 
 
@@ -130,7 +133,9 @@ def _check_message(index: int, message: Message, image_token: str) -> dict[str, 
             raise UserError(
                 f"message {index} ({role}) has the image token {image_token!r} in its text: "
                 f"{entry['text'][:60]!r}; give images as entries of type image, or write it "
-                "otherwise"
+                "otherwise",
+                "image_token",
+                token=image_token,
             )
     return {"role": role, "content": list(content)}
 

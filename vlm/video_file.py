@@ -91,10 +91,13 @@ def read_timeline(path: str | Path, limits: VideoLimits) -> Timeline:
             if len(shown) > limits.max_file_frames:
                 raise UserError(
                     f"video {path} has more than the {limits.max_file_frames:,} frames that are "
-                    "read; cut it"
+                    "read; cut it",
+                    "video_frames",
+                    path=path,
+                    limit=limits.max_file_frames,
                 )
         if end is None:
-            raise UserError(f"video {path} holds no frame")
+            raise UserError(f"video {path} holds no frame", "video_no_frame", path=path)
         tick = stream.time_base
         timeline = Timeline(np.unique(shown), np.unique(keys), tick, end)
     _check_seconds(path, timeline.duration, limits)
@@ -136,7 +139,10 @@ def frames_shown_at(
                 at = (target - int(timeline.shown[0])) * float(timeline.tick)
                 raise UserError(
                     f"video {path}: its frame at {at:.2f} s cannot be decoded; the file is damaged "
-                    "or cut short"
+                    "or cut short",
+                    "video_frame_damaged",
+                    path=path,
+                    seconds=at,
                 )
             yield frame, aspect
 
@@ -176,7 +182,7 @@ def open_video(
         raise UserError(f"video {path} is a folder; give one file")
     with Path(path).open("rb") as file:
         if not file.read(1):
-            raise UserError(f"video {path} is empty (0 bytes)")
+            raise UserError(f"video {path} is empty (0 bytes)", "video_empty", path=path)
         file.seek(0)
         options = {"format_whitelist": FORMATS}
         # A file object, not its name: names may be addresses to FFmpeg.
@@ -185,10 +191,18 @@ def open_video(
             streams = [s for s in container.streams.video if not s.disposition & cover]
             if not streams:
                 sound = "sound alone" if container.streams.audio else "no pictures"
-                raise UserError(f"video {path} holds {sound}; there is nothing to see")
+                raise UserError(
+                    f"video {path} holds {sound}; there is nothing to see",
+                    "video_no_pictures",
+                    path=path,
+                )
             stream = streams[0]
             if stream.codec_context is None:
-                raise UserError(f"video {path} is coded in a way that PyAV does not know")
+                raise UserError(
+                    f"video {path} is coded in a way that PyAV does not know",
+                    "video_unknown_codec",
+                    path=path,
+                )
             _check_pixels(path, stream.width or 0, stream.height or 0, limits)
             if stream.duration is not None:
                 _check_seconds(path, float(stream.duration * stream.time_base), limits)
@@ -211,7 +225,8 @@ def pyav() -> Any:
         import av.stream
     except ModuleNotFoundError as error:
         raise UserError(
-            "videos need PyAV, which is not installed; it comes with: make extras EXTRAS=video"
+            "videos need PyAV, which is not installed; it comes with: make extras EXTRAS=video",
+            "no_videos",
         ) from error
     return av
 
@@ -233,11 +248,15 @@ def told(path: str | Path) -> Iterator[None]:
     except (av.error.InvalidDataError, av.error.ArgumentError) as error:
         raise UserError(
             f"video {path} cannot be read: it is damaged, cut short, or no video (known are MP4, "
-            "MOV, MKV, WebM, AVI, MPEG, FLV, OGG, ASF and GIF)"
+            "MOV, MKV, WebM, AVI, MPEG, FLV, OGG, ASF and GIF)",
+            "video_damaged",
+            path=path,
         ) from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
-        raise UserError(f"video {path} cannot be read: {reason}") from error
+        raise UserError(
+            f"video {path} cannot be read: {reason}", "video_unreadable", path=path, reason=reason
+        ) from error
 
 
 class _Deadline:
@@ -256,7 +275,10 @@ class _Deadline:
         if self.limit is not None and monotonic() - self.begun > self.limit:
             raise UserError(
                 f"video {self.path} takes more than {self.limit:g} s to read; cut it or make it "
-                "smaller"
+                "smaller",
+                "video_slow",
+                path=self.path,
+                limit=self.limit,
             )
 
 
@@ -264,7 +286,11 @@ def _check_seconds(path: str | Path, seconds: float, limits: VideoLimits) -> Non
     if seconds > limits.max_seconds:
         raise UserError(
             f"video {path} lasts {seconds:,.0f} s, more than the limit of "
-            f"{limits.max_seconds:,.0f} s; cut it"
+            f"{limits.max_seconds:,.0f} s; cut it",
+            "video_long",
+            path=path,
+            seconds=seconds,
+            limit=limits.max_seconds,
         )
 
 
@@ -272,5 +298,10 @@ def _check_pixels(path: str | Path, width: int, height: int, limits: VideoLimits
     if width * height > limits.max_pixels:
         raise UserError(
             f"video {path} has frames of {width}x{height} = {width * height:,} pixels, more than "
-            f"the limit of {limits.max_pixels:,}; make them smaller"
+            f"the limit of {limits.max_pixels:,}; make them smaller",
+            "video_large",
+            path=path,
+            width=width,
+            height=height,
+            limit=limits.max_pixels,
         )

@@ -34,7 +34,7 @@ def test_an_edited_question_is_asked_as_it_is_seen(make_model, tmp_path):
     served = Served("x", *make_model(), Limits(), tmp_path, Talks(1))
     talk = Talk(ChatSession(served.model, served.processor, Sampling(max_new_tokens=1)), tmp_path)
     list(talk.chat.ask("What is <b>?"))
-    seen = shown(talk, "Picture")[0]["content"]
+    seen = shown(talk, "en")[0]["content"]
     assert JOINER in seen
     for edited, asked in ((seen.replace("b", "u"), "What is <u>?"), (" \n", "What is <u>?")):
         clicked = SimpleNamespace(index=0, value=edited)

@@ -1,10 +1,17 @@
 """Is the page pleasant: by keyboard, on a phone, in the dark, in Chinese, with a camera?"""
 
+import json
 import re
 import string
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from demo.sample_questions import SAMPLES
 from demo.wording import CHINESE, ENGLISH, language_of
+from vlm.cli import main
 
 
 def fields(text: str) -> set[str]:
@@ -23,12 +30,23 @@ def test_the_language_is_the_browsers():
 
 
 def test_a_chinese_browser_gets_a_chinese_page(demo, open_page):
-    demo.voice.say("never")
+    demo.voice.say("Hao", end=True)
     page = open_page(locale="zh-CN")
     page.get_by_text("给一张图片或一段视频，提一个问题").wait_for()
     page.get_by_text("有几个黄色物体？").wait_for()
     page.get_by_role("button", name="新对话").wait_for()
     assert page.get_attribute("html", "lang") == "zh"
+    page.fill("#box textarea", "你好")
+    page.press("#box textarea", "Enter")
+    page.get_by_text("Hao").wait_for()
+    page.wait_for_selector("#box .submit-button")
+    # What no longer fits the model is told, and goes back into the box; the conversation stays.
+    page.fill("#box textarea", "A" * 5000)
+    page.press("#box textarea", "Enter")
+    page.get_by_text("超过此模型可读的 4,095 个").wait_for()
+    page.wait_for_selector("#box .submit-button")
+    assert page.input_value("#box textarea") == "A" * 5000
+    assert page.locator("#chat [data-testid=bot]").all_inner_texts() == ["Hao"]
     demo.voice.fail = True
     page.fill("#box textarea", "你好")
     page.press("#box textarea", "Enter")
@@ -99,11 +117,36 @@ def test_the_camera_takes_a_picture(demo, open_page):
     assert not page.locator("#camera").is_visible()
 
 
-def test_a_conversation_is_saved_and_opened_again(demo, open_page, tmp_path):
+def learn_from(data: Path, model: Path, folder: Path) -> dict[str, Any]:
+    """Run one step of `vlm train` on a file; return what the run's manifest tells of its data."""
+    stage = {
+        "name": "one",
+        "trainable": {"connector": 1e-3},
+        "data": {"sources": [{"name": "saved", "path": str(data)}]},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 1},
+    }
+    recipe = {"name": "tiny", "output_dir": str(folder / "run"), "num_threads": 1}
+    recipe |= {"model": {"checkpoint": str(model)}, "stages": [stage]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    return json.loads((folder / "run" / "one" / "manifest.json").read_text())["records"]
+
+
+def test_a_conversation_is_saved_opened_again_and_learnt_from(
+    demo, open_page, make_clip, model_folder, tmp_path
+):
     demo.voice.say("see 3 (C)", end=True)
     page = open_page()
     page.locator("#chat .example").first.click()
     page.get_by_text("see 3 (C)").wait_for()
+    page.wait_for_selector("#box .submit-button")
+    demo.voice.say("It <moves>.", end=True)
+    page.set_input_files("#box [data-testid=file-upload]", make_clip(tmp_path / "clip.mp4"))
+    page.locator("#box .thumbnail-item").wait_for()
+    page.wait_for_function("() => !document.querySelector('#box .loader')")
+    page.fill("#box textarea", "What happens?")
+    page.press("#box textarea", "Enter")
+    page.get_by_text("moves>.").wait_for()
     page.wait_for_selector("#box .submit-button")
     with page.expect_download() as download:
         page.click("#save")
@@ -113,8 +156,14 @@ def test_a_conversation_is_saved_and_opened_again(demo, open_page, tmp_path):
         other.click("#open")
     chooser.value.set_files(tmp_path / "talk.zip")
     other.get_by_text("see 3 (C)").wait_for()
-    assert other.locator("#chat .message img").count() == 1
+    assert other.locator("#chat .message img").count() == 2, "the picture, the video's frames"
+    assert other.locator("#chat video").count() == 1
     demo.voice.say("Still three.", end=True)
     other.fill("#box textarea", "Sure?")
     other.press("#box textarea", "Enter")
     other.get_by_text("Still three.").wait_for()
+    with zipfile.ZipFile(tmp_path / "talk.zip") as archive:
+        archive.extractall(tmp_path / "talk")
+    record = tmp_path / "talk" / "conversation.json"
+    assert "It <moves>." in record.read_text()
+    assert learn_from(record, model_folder, tmp_path) == {"saved": {"seen": 1, "skipped": 0}}

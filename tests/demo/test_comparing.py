@@ -9,10 +9,11 @@ pytest.importorskip("gradio", reason="gradio is not installed (make extras EXTRA
 
 from gradio import Error
 
-from demo.comparing import Second, follow, new_chat
+from demo.comparing import Second, follow, new_chat, restore
 from demo.fits import check_fits, weights_bytes
 from demo.limits import Limits
-from demo.talk import Served, Talk, Talks
+from demo.saved import pack, unpack
+from demo.talk import Served, Talk, Talks, shown
 from vlm.chat_session import ChatSession, Sampling
 from vlm.errors import UserError
 
@@ -77,10 +78,41 @@ def test_a_conversation_the_second_does_not_know_is_taken_over(both, tmp_path):
     ask(first, talk, "Hello?")
     talk.put("More?")
     chat = ChatSession(other.model, other.processor, Sampling())
-    follow(chat, talk.asked)
+    second = Talk(chat, tmp_path)
+    follow(second, talk.asked)
     assert said(chat) == said(talk.chat), "with the first's own words"
+    list(chat.ask("More?"))
+    page = [message["content"] for message in shown(second, "en")]
+    assert [text.startswith("*The first model’s words:*") for text in page] == [
+        *(False, True),
+        *(False, False),
+    ]
     chat.messages[1]["content"][0]["text"] = "changed"
     assert said(talk.chat)[1][1] != "changed"
+
+
+def test_both_are_saved_and_go_on_with_their_own_words(both, make_image, tmp_path):
+    first, other = both
+    talk = Talk(ChatSession(first.model, first.processor, Sampling(max_new_tokens=3)), tmp_path)
+    make_image().save(tmp_path / "cat.png")
+    talk.chat.add_image(tmp_path / "cat.png")
+    ask(first, talk, "Who?")
+    list(Second(other).answer(talk, *SETTINGS, REQUEST))
+    words = {"first": "I", "second": "The other"}
+    for name, one in (("first", talk), ("second", talk.beside)):
+        one.chat.messages[1]["content"][0]["text"] = words[name]
+    assert pack(talk.chat, tmp_path / "x.zip", talk.beside.chat)
+    restored = unpack(tmp_path / "x.zip", talk.chat, tmp_path, Limits(), "en")
+    assert [len(record.images) for record in (restored, restored.second)] == [1, 1]
+    again = Talk(ChatSession(first.model, first.processor, Sampling(max_new_tokens=3)), tmp_path)
+    restored.put_into(again.chat)
+    restore(other, again, restored.second)
+    ask(first, again, "And?")
+    list(Second(other).answer(again, *SETTINGS, REQUEST))
+    assert said(again.chat)[1][1] == "I" and said(again.beside.chat)[1][1] == "The other"
+    assert [m["content"] for m in shown(again.beside, "en")][2] == "The other"
+    restore(other, again, None)
+    assert again.beside is None
 
 
 def test_what_the_second_cannot_do_leaves_nothing_behind(both, tmp_path):
@@ -107,7 +139,7 @@ def test_models_that_do_not_fit_are_told_before_they_are_loaded(model_folder):
     check_fits(["someone/on-the-hub"], None, 1)
 
 
-def test_both_stream_into_one_page(make_model, browser):
+def test_both_stream_into_one_page_and_come_back_to_it(make_model, browser, tmp_path):
     from demo.server import Address, serving
 
     models = [make_model(kind=kind) for kind in ("llama", "gpt2")]
@@ -125,7 +157,18 @@ def test_both_stream_into_one_page(make_model, browser):
             page.wait_for_selector(f"{chat} [data-testid=bot]")
             assert page.locator(f"{chat} [data-testid=user]").inner_text() == "Who are you?"
         page.wait_for_selector("#box .submit-button")
+        said = [page.inner_text(f"{chat} [data-testid=bot]") for chat in ("#chat", "#chat-second")]
+        with page.expect_download() as download:
+            page.click("#save")
+        download.value.save_as(tmp_path / "talk.zip")
         page.click("#new-chat")
         for chat in ("#chat", "#chat-second"):
             page.wait_for_selector(f"{chat} [data-testid=user]", state="detached")
+        with page.expect_file_chooser() as chooser:
+            page.click("#open")
+        chooser.value.set_files(tmp_path / "talk.zip")
+        for chat, words in zip(("#chat", "#chat-second"), said, strict=True):
+            page.wait_for_selector(f"{chat} [data-testid=bot]")
+            assert page.inner_text(f"{chat} [data-testid=bot]") == words
+        assert said[0] != said[1]
         context.close()

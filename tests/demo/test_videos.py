@@ -45,7 +45,7 @@ def test_the_page_shows_a_video_and_its_strip(chat: ChatSession, make_clip, tmp_
     chat.waiting.append(keep_file(tmp_path / "clip.mp4", "a.mp4", chat, tmp_path, Limits(), "en"))
     list(chat.ask("What happens?"))
     talk.question = "Sure?"
-    messages = shown(talk, "Picture")
+    messages = shown(talk, "en")
     video, strip = (file["path"] for file in messages[0]["content"])
     assert video.endswith(".mp4") and Path(strip).is_file() and "strip-" in strip
     assert [message["content"] for message in messages[1::2]] == ["What happens?", "Sure?"]
