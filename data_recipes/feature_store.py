@@ -27,6 +27,7 @@ from torch import Tensor
 from data_recipes.image_files import MediaFile, read, shown_size, state
 from vlm.errors import UserError
 from vlm.tiling import Size
+from vlm.video_times import Shown, ShownVideo
 
 KEY_BYTES = 16
 MARK = 0x766C6D31  # what a crash leaves may be zeros; a record has this
@@ -51,15 +52,10 @@ class Picture:
     content: bytes
     size: Size
 
-    @property
-    def shown(self) -> Size | int:
-        """(width, height), or the number of frames."""
-        return self.size[1] if self.size[0] == 0 else self.size
 
-
-def as_size(shown: Size | int) -> Size:
+def as_size(shown: Shown) -> Size:
     """Return what a picture or a video has as its size."""
-    return (0, shown) if isinstance(shown, int) else shown
+    return (0, shown.num_frames) if isinstance(shown, ShownVideo) else shown
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vlm.images import image_size, load_image
 from vlm.tiling import Size
 from vlm.video import SampledVideo, sample_video, video_facts
 from vlm.video_layout import VideoConfig
+from vlm.video_times import Shown, ShownVideo, shown_video
 
 
 class Container(Protocol):
@@ -68,6 +69,10 @@ class VideoFile:
 
     def __str__(self) -> str:
         return self.path
+
+    def shown(self) -> ShownVideo:
+        """Return what counts its tokens, without decoding a frame; raises UserError."""
+        return shown_video(video_facts(self.path, **self.sampling), self.config)
 
     def frames(self) -> SampledVideo:
         """Return them, decoded; raises UserError."""
@@ -126,15 +131,13 @@ def load_media(file: MediaFile) -> Image.Image | SampledVideo:
     return file.frames() if isinstance(file, VideoFile) else load(file)
 
 
-def shown_size(file: MediaFile) -> Size | int:
-    """Return (width, height) of a picture, how many frames of a video; nothing is decoded.
+def shown_size(file: MediaFile) -> Shown:
+    """Return what counts the tokens of a picture or a video; nothing is decoded.
 
     Raises:
         UserError: it cannot be read.
     """
-    if isinstance(file, VideoFile):
-        return len(video_facts(file.path, **file.sampling).times)
-    return size_of(file)
+    return file.shown() if isinstance(file, VideoFile) else size_of(file)
 
 
 def load(file: ImageFile) -> Image.Image:

@@ -19,10 +19,11 @@ from data_recipes.feature_store import (
     state_of,
 )
 from data_recipes.image_files import MediaFile, VideoFile, load_media, read, shown_size
+from vlm import video_times
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor
 from vlm.images import image_size, load_image
-from vlm.tiling import Size
+from vlm.tiling import Size, is_video
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,15 @@ def is_stored(
 
 def grid_of(picture: Picture, siblings: int, image_processor: VlmImageProcessor) -> Size:
     """Return what a picture is cut into in a conversation of so many; (0, n) of a video."""
-    if isinstance(picture.shown, int):
+    if is_video(picture.size):
         return picture.size
     return image_processor.plan(picture.size, siblings).grid
 
 
 def stored_features(
     files: Sequence[MediaFile], image_processor: VlmImageProcessor, store: FeatureStore
-) -> tuple[list[Size | int], list[Tensor]]:
-    """Return (width, height) of one conversation's pictures, and their maps (T, H, W, D) joined.
-
-    Of a video, the number of frames stands in place of the size.
+) -> tuple[list[video_times.Shown], list[Tensor]]:
+    """Return what counts the tokens of one conversation's pictures, and maps (T, H, W, D) joined.
 
     Raises:
         UserError: a picture cannot be read.
@@ -130,9 +129,16 @@ def stored_features(
                 f"image {file} was changed after its features had been stored; "
                 "the same command stores them and goes on"
             )
-        sizes.append(picture.shown)
+        sizes.append(_shown(file, picture))
         maps.append(found)
     return sizes, [torch.cat(views) for views in zip(*maps, strict=True)]
+
+
+def _shown(file: MediaFile, picture: Picture) -> video_times.Shown:
+    """Return what counts the tokens of a picture; a video is opened only where its times matter."""
+    if not isinstance(file, VideoFile):
+        return picture.size
+    return file.shown() if file.config.time_instruction else video_times.ShownVideo(picture.size[1])
 
 
 def num_pictures(files: Sequence[MediaFile]) -> int:

@@ -7,6 +7,12 @@ with the same command. `vlm eval --list` names tasks, protocols and strategies.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eval.protocols import Protocol
+    from eval.settings import AnswerSettings
+    from eval.task import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="also ask without the picture, as a baseline (on)")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
                         help="longest reply in tokens (128)")  # fmt: skip
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (as saved)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="of the weights (as saved)")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (cuda if there is one)")
+    parser.add_argument(
+        "--check", action="store_true", help="look at options and data, and score nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,28 +54,30 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(_listing())
         return 0
-    if args.model is None:
+    if args.model is None and not args.check:
         raise UserError("which model? `vlm eval MODEL ...` takes a saved model's folder")
-    if args.out is None:
+    if args.out is None and not args.check:
         raise UserError("where to? `--out DIR` names the folder for answers and reports")
     for name, value in (("limit", args.limit), ("batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
+    if args.check:
+        _open(args)
+        return 0
     return _score(args)
 
 
-def _score(args: argparse.Namespace) -> int:
-    """Open the data before the model: a wrong file name should not cost a loading time."""
+def _open(args: argparse.Namespace) -> "tuple[AnswerSettings, Protocol, list[Task]]":
+    """Return what is asked, how it is worded and the tasks, their data opened.
+
+    Raises:
+        UserError: an option is wrong, or a file of the data.
+    """
     from connectors.registry import lookup
-    from eval.answering import ModelAnswerer
-    from eval.harness import evaluate
     from eval.protocols import PROTOCOLS
-    from eval.report import console_table
-    from eval.runner import BLIND, IMAGE, RunPlan, choose_indices
     from eval.settings import AnswerSettings
     from eval.tasks import TASKS
-    from vlm.done import make_folder
-    from vlm.loading import load_model
+    from vlm.loading import usable_device
 
     settings = AnswerSettings(
         strategy=args.strategy,
@@ -75,7 +87,20 @@ def _score(args: argparse.Namespace) -> int:
     protocol = lookup("protocol", args.protocol, PROTOCOLS)
     names = list(dict.fromkeys(args.tasks.split(",")))
     classes = [lookup("task", name, TASKS, "vlm.tasks") for name in names]
-    tasks = [found.open(args.data) for found in classes]
+    usable_device(args.device)
+    return settings, protocol, [found.open(args.data) for found in classes]
+
+
+def _score(args: argparse.Namespace) -> int:
+    """Open the data before the model: a wrong file name should not cost a loading time."""
+    from eval.answering import ModelAnswerer
+    from eval.harness import evaluate
+    from eval.report import console_table
+    from eval.runner import BLIND, IMAGE, RunPlan, choose_indices
+    from vlm.done import make_folder
+    from vlm.loading import load_model
+
+    settings, protocol, tasks = _open(args)
     make_folder(args.out)
     model, processor = load_model(args.model, dtype=args.dtype, device=args.device)
     answerer = ModelAnswerer(model, processor, settings)

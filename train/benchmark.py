@@ -1,23 +1,29 @@
 """How good is a stage's newest checkpoint at a benchmark? `vlm eval` tells, as a child process.
 
 The training waits for it: both want the same device. The scores are told, shown beside the loss in
-TensorBoard and kept in `benchmark.jsonl`. A benchmark that fails is told, and the training goes on.
+TensorBoard and kept in `benchmark.jsonl`. What `vlm eval` would refuse is told before the training
+begins. A benchmark that fails later is told, and again at the end of the run, which is not lost: it
+goes on and ends with 0; the manifest has the steps.
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from train.checkpoints import PREFIX
-from train.process import say
+from train.process import is_main_process, say
 from train.trainer import VlmTrainer
+from vlm.cli import main
+from vlm.errors import UserError
 
 LOG_NAME = "benchmark.jsonl"
 # What a launcher tells the processes it starts; a benchmark is none of them.
@@ -33,6 +39,42 @@ def read_scores(folder: Path) -> dict[str, float]:
         for task, cell in results["tasks"].items():
             found[f"{results['benchmark']}/{task}"] = cell["accuracy"]
     return found
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Let `vlm eval` look at its words and the data that they name.
+
+    Raises:
+        UserError: it refuses them; the sentence is its own.
+    """
+    told = io.StringIO()
+    with redirect_stderr(told), redirect_stdout(io.StringIO()):
+        try:
+            code = main(["eval", "--check", *words])
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+    if code:
+        sentence = told.getvalue().strip().rpartition("\n")[2].removeprefix("vlm eval: ")
+        raise UserError(f"vlm eval {' '.join(words)}: {sentence}")
+
+
+def failed_steps(folder: Path) -> list[int]:
+    """Return the steps of a stage whose benchmark failed."""
+    return [line["step"] for line in _read(folder / LOG_NAME) if "error" in line]
+
+
+def tell_failures(folder: Path) -> None:
+    """Say on stderr at which steps a stage's benchmark failed, if it did."""
+    steps = ", ".join(map(str, failed_steps(folder)))
+    if steps and is_main_process():
+        told = f"stage {folder.name}: trained to its end, but its benchmark failed at step {steps}"
+        print(f"{told}; {folder / LOG_NAME} says why", file=sys.stderr)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return what is known of the steps that were scored."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def run_alone(command: Sequence[str], log: Path) -> int:
@@ -82,9 +124,7 @@ class Benchmark(TrainerCallback):
             self._score(args, state)
 
     def _known(self) -> set[int]:
-        path = self.folder / LOG_NAME
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return {json.loads(line)["step"] for line in lines}
+        return {line["step"] for line in _read(self.folder / LOG_NAME)}
 
     def _score(self, args: TrainingArguments, state: TrainerState) -> None:
         """Score a step's checkpoint on the main process, while the others wait."""

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from data_recipes.dataset import Collator
-from train.benchmark import Benchmark
+from train.benchmark import Benchmark, failed_steps
 from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
 from train.checkpoints import copy_model, full_disk_told, newest, step_of
 from train.data import SkipNotes, dataset_of
@@ -137,6 +137,8 @@ def train_to_end(
         _draw(folder)
         flush_files(folder)
         figures = {"weights": weights, **trainer.final_figures()}
+        if failed := failed_steps(folder):
+            figures["benchmark_failed_at"] = failed
         manifest.finish(step, records_seen(trainer, step), figures)
         say(f"stage {folder.name}: done, {folder}")
     trainer.accelerator.wait_for_everyone()

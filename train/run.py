@@ -10,6 +10,7 @@ from typing import Any
 
 from train.adapted import describe_base, keeps_base, require_packages
 from train.arguments import check_arguments, training_arguments
+from train.benchmark import check_words, tell_failures
 from train.checkpoints import newest
 from train.data import check_data
 from train.engine import forget_engine
@@ -45,6 +46,8 @@ def run(recipe: Recipe, only: str | None = None) -> Path:
         for stage, folder, previous in zip(recipe.stages, folders, [None, *folders], strict=False):
             if stage in chosen:
                 run_stage(recipe, stage, folder, previous)
+    for stage in chosen:
+        tell_failures(Path(recipe.output_dir) / stage.name)
     return Path(recipe.output_dir) / chosen[-1].name
 
 
@@ -52,13 +55,15 @@ def check(recipe: Recipe, only: str | None = None) -> list[StageRecipe]:
     """Check what can be checked before anything is loaded; return the stages to run.
 
     Raises:
-        UserError: an argument of a stage, or a file of its data, is wrong.
+        UserError: an argument of a stage, a file of its data, or its benchmark is wrong.
     """
     chosen = recipe.stages if only is None else [recipe.stage(only)]
     for stage in chosen:
         require_packages(recipe, stage)
         check_arguments(recipe, stage)
         check_data(stage, recipe.seed)
+        if stage.benchmark is not None:
+            with_place(f"stages.{stage.name}.benchmark", check_words, stage.benchmark.words())
     return chosen
 
 

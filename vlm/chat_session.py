@@ -17,7 +17,7 @@ from vlm.image_processing import Medium
 from vlm.images import load_image
 from vlm.long_context import context_length
 from vlm.modeling import VlmForConditionalGeneration
-from vlm.processing import Shown, VlmProcessor
+from vlm.processing import VlmProcessor
 from vlm.video import DEFAULT_LIMITS, SampledVideo, VideoLimits, sample_video, thin
 
 
@@ -137,20 +137,17 @@ class ChatSession:
         room = limit - self.sampling.max_new_tokens
 
         messages = [*self.messages, _message("user", text, self.waiting)]
-        before = [_shown(medium) for _, medium in self.images]
+        before = [self.processor.shown(medium) for _, medium in self.images]
 
         def too_long(frames: int) -> bool:
-            waiting = [_shown(medium, frames) for _, medium in self.waiting]
+            waiting = [self.processor.shown(_thinned(medium, frames)) for _, medium in self.waiting]
             return self.processor.prompt_length(messages, before + waiting) > room
 
         # As many as fit; one where none does, and the error then says what is too long.
         fitting = max(1, bisect_left(range(1, most + 1), True, key=too_long))
         if fitting == most:
             return None
-        self.waiting = [
-            (name, thin(medium, fitting) if isinstance(medium, SampledVideo) else medium)
-            for name, medium in self.waiting
-        ]
+        self.waiting = [(name, _thinned(medium, fitting)) for name, medium in self.waiting]
         return (
             f"{fitting} of {most} frames are looked at: question and reply have to fit the model's "
             f"{limit} tokens, {self.sampling.max_new_tokens} of them for the reply"
@@ -291,11 +288,9 @@ def _message(role: str, text: str, media: Sequence[tuple[str, Medium]] = ()) -> 
     }
 
 
-def _shown(medium: Medium, most_frames: int | None = None) -> Shown:
-    """Return what counts a picture's or a video's tokens, of at most so many frames."""
-    if isinstance(medium, SampledVideo):
-        return len(thin(medium, most_frames or len(medium.frames)).frames)
-    return medium.size
+def _thinned(medium: Medium, most_frames: int) -> Medium:
+    """Return a picture, or a video with at most so many of its frames."""
+    return thin(medium, most_frames) if isinstance(medium, SampledVideo) else medium
 
 
 def _num_shown(message: Mapping[str, Any]) -> int:

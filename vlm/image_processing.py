@@ -20,6 +20,7 @@ from vlm.tiling import Size, Tiling, ViewPlan, build_tiling
 from vlm.token_layout import num_image_tokens
 from vlm.video import SampledVideo
 from vlm.video_layout import VideoConfig, parse_video
+from vlm.video_times import ShownVideo
 
 Medium = Image.Image | SampledVideo
 
@@ -150,15 +151,17 @@ class VlmImageProcessor(BaseImageProcessor):
         """Whether a video's frames are put on a square, not stretched."""
         return self._cutter.pads_frames
 
-    def grids(self, shown: Sequence[Size | int]) -> list[Size]:
+    def grids(self, shown: Sequence[Size | ShownVideo]) -> list[Size]:
         """Return the rows of `tile_grids` of one conversation.
 
         Args:
-            shown: (width, height) of an image, number of frames of a video, in order.
+            shown: (width, height) of an image, or a video, in order.
         """
-        num_images = sum(not isinstance(item, int) for item in shown)
+        num_images = sum(not isinstance(item, ShownVideo) for item in shown)
         return [
-            (0, item) if isinstance(item, int) else self.plan(item, num_images).grid
+            (0, item.num_frames)
+            if isinstance(item, ShownVideo)
+            else self.plan(item, num_images).grid
             for item in shown
         ]
 

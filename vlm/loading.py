@@ -65,7 +65,7 @@ def load_model(
         UserError: the source is not a checkpoint of this suite.
     """
     check_checkpoint(source)
-    device = _usable_device(device)
+    device = usable_device(device)
     try:
         processor = VlmProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -151,7 +151,7 @@ def _check_report(source: str | Path, report: Mapping[str, Any]) -> None:
             )
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
     """Return the device asked for, or the best one here.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from connectors.views import TextSource
+from vlm.batches import IGNORE, joined, packed, padded
 from vlm.chat_templates import CHAT_TEMPLATES, load
 from vlm.conversations import (
     Message,
@@ -30,10 +31,9 @@ from vlm.image_processing import VlmImageProcessor, grids_and_sizes
 from vlm.instructions import FOLDER, IDS, MASK, instructions, join, load_tokenizer, tokenize
 from vlm.tiling import Size
 from vlm.video import SampledVideo
+from vlm.video_times import Shown, ShownVideo, shown_video, with_times
 
-IGNORE = -100  # the label of positions that are not learnt, as torch's cross-entropy has it
 IMAGE_TOKEN = "<image>"
-Shown = Size | int  # (width, height) of an image, the number of frames of a video
 
 
 class VlmProcessor(ProcessorMixin):
@@ -165,10 +165,12 @@ class VlmProcessor(ProcessorMixin):
         if shown is None:
             checked = check_messages(messages, self.image_token, len(images), len(videos))
             media = in_order(checked, images, videos)
-            shown = [len(m.frames) if isinstance(m, SampledVideo) else m.size for m in media]
+            shown = [self.shown(medium) for medium in media]
         checked, sizes, grids = self._check(messages, shown)
         counts = self._counts(sizes, grids)
-        ids, labels = self._layout(checked, counts, supervise, add_generation_prompt, max_length)
+        ids, labels = self._layout(
+            checked, shown, counts, supervise, add_generation_prompt, max_length
+        )
         encoded = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.ones(len(ids), dtype=torch.long),
@@ -181,6 +183,12 @@ class VlmProcessor(ProcessorMixin):
             encoded.update(grids_and_sizes(grids, sizes))
         encoded.update(self._instructions(instructions(videos_as_images(checked))))
         return encoded
+
+    def shown(self, medium: Image.Image | SampledVideo) -> Shown:
+        """Return what counts the tokens of an image or a video."""
+        if isinstance(medium, SampledVideo):
+            return shown_video(medium, self.image_processor.video_config)
+        return medium.size
 
     def num_tokens(self, messages: Sequence[Message], shown: Sequence[Shown]) -> int:
         """Return how many tokens `encode` gives for a conversation with labels, without pixels.
@@ -197,25 +205,26 @@ class VlmProcessor(ProcessorMixin):
     def count_tokens(self, messages: Sequence[Message], shown: Sequence[Shown]) -> tuple[int, int]:
         """Return `num_tokens`, and how many of these are supervised."""
         checked, *placed = self._check(messages, shown)
-        ids, labels = self._layout(checked, self._counts(*placed), supervise=True)
+        ids, labels = self._layout(checked, shown, self._counts(*placed), supervise=True)
         assert labels is not None, "asked for"
         return len(ids), int((labels != IGNORE).sum())
 
     def prompt_length(self, messages: Sequence[Message], shown: Sequence[Shown]) -> int:
         """Return how many tokens a conversation takes that waits for a reply; see `num_tokens`."""
         checked, *at = self._check(messages, shown)
-        return len(self._layout(checked, self._counts(*at), add_generation_prompt=True)[0])
+        ids, _ = self._layout(checked, shown, self._counts(*at), add_generation_prompt=True)
+        return len(ids)
 
     def _check(
         self, messages: Sequence[Message], shown: Sequence[Shown]
     ) -> tuple[list[dict[str, Any]], list[Size], list[Size]]:
         """Return checked messages, and for each placeholder (width, height) and `tile_grids`."""
-        kinds = ["video" if isinstance(item, int) else "image" for item in shown]
+        kinds = ["video" if isinstance(item, ShownVideo) else "image" for item in shown]
         num_images, num_videos = kinds.count("image"), kinds.count("video")
         checked = check_messages(messages, self.image_token, num_images, num_videos)
         assert kinds_shown(checked) == kinds, "what is shown stands in the placeholders' order"
         any_size = (1, 1)  # of a video's frames, whose tokens it does not change
-        sizes = [any_size if isinstance(item, int) else item for item in shown]
+        sizes = [any_size if isinstance(item, ShownVideo) else item for item in shown]
         return checked, sizes, self.image_processor.grids(shown)
 
     def _counts(self, sizes: Sequence[Size], grids: Sequence[Size]) -> list[int]:
@@ -226,6 +235,7 @@ class VlmProcessor(ProcessorMixin):
     def _layout(
         self,
         checked: Sequence[dict[str, Any]],
+        shown: Sequence[Shown],
         counts: Sequence[int],
         supervise: bool = False,
         add_generation_prompt: bool = False,
@@ -235,7 +245,7 @@ class VlmProcessor(ProcessorMixin):
         template = self.chat_template or ""
         assert isinstance(template, str), "one template, not several by name"
         rendered = render(
-            videos_as_images(checked),
+            videos_as_images(with_times(checked, shown)),
             template,
             self.tokenizer.special_tokens_map,
             self.image_token,
@@ -281,22 +291,8 @@ class VlmProcessor(ProcessorMixin):
             encoded: one dict per row.
             padding_side: "right" to train, "left" to generate.
         """
-        fill = {
-            "input_ids": self.tokenizer.pad_token_id,
-            "attention_mask": 0,
-            "labels": IGNORE,
-            "loss_weights": 0.0,
-        }
-        batch = {}
-        for key, value in fill.items():
-            if key in encoded[0]:
-                batch[key] = torch.nn.utils.rnn.pad_sequence(
-                    [row[key] for row in encoded],
-                    batch_first=True,
-                    padding_value=value,
-                    padding_side=padding_side,
-                )
-        return batch | self._join_images(encoded)
+        rows = padded(encoded, self.tokenizer.pad_token_id, padding_side)
+        return rows | self._join_images(encoded)
 
     def pack(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Join what `encode` gave for several conversations as documents of one row, unpadded.
@@ -305,24 +301,11 @@ class VlmProcessor(ProcessorMixin):
             What `collate` returns, (1, sum of L), with position_ids, which begin anew with each
             document, in place of the attention mask; no document's first token is learnt.
         """
-        labels = [row["labels"].clone() for row in encoded]
-        for document in labels:
-            document[0] = IGNORE  # or it would be asked of the document before
-        positions = [torch.arange(len(row["input_ids"])) for row in encoded]
-        batch = {
-            "input_ids": torch.cat([row["input_ids"] for row in encoded])[None],
-            "position_ids": torch.cat(positions)[None],
-            "labels": torch.cat(labels)[None],
-        }
-        if "loss_weights" in encoded[0]:
-            batch["loss_weights"] = torch.cat([row["loss_weights"] for row in encoded])[None]
-        return batch | self._join_images(encoded)
+        return packed(encoded) | self._join_images(encoded)
 
     def _join_images(self, encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return the images of several conversations, and what is asked of them, in order."""
-        keys = self.image_processor.model_input_names
-        present = {key: [row[key] for row in encoded if key in row] for key in keys}
-        batch = {key: torch.cat(values) for key, values in present.items() if values}
+        batch = joined(encoded, self.image_processor.model_input_names)
         asked = [row for row in encoded if IDS in row]
         if asked:
             assert self.instruction_tokenizer is not None, "see __init__"

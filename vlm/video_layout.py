@@ -35,6 +35,8 @@ class VideoConfig:
         stride: 1 keeps every token.
         newline: what a learned newline ends: each row of tokens ("grid"), each frame, the whole
             video once ("one_token", as LLaVA-OneVision), or nothing.
+        time_instruction: whether a sentence after the video says how long it lasts and when its
+            frames were taken (vlm/video_times.py).
     """
 
     frames: int = 8
@@ -42,6 +44,7 @@ class VideoConfig:
     pool: Literal["bilinear", "average", "max"] = "bilinear"
     stride: int = 2
     newline: Literal["grid", "frame", "one_token", "no_token"] = "no_token"
+    time_instruction: bool = False
 
     def __post_init__(self) -> None:
         check_positive("video", frames=self.frames, stride=self.stride)

@@ -48,9 +48,12 @@ def made(make_model):
     return model.eval(), processor
 
 
-@pytest.fixture
-def dataset(folder, made):
-    return ConversationDataset([Source(name="v", path=str(folder / "good.jsonl"))], made[1])
+@pytest.fixture(params=[False, True], ids=["plain", "times_told"])
+def dataset(request, folder, made):
+    processor = made[1].image_processor
+    processor.set_video({**VIDEO, "time_instruction": request.param})
+    yield ConversationDataset([Source(name="v", path=str(folder / "good.jsonl"))], made[1])
+    processor.set_video(VIDEO)
 
 
 def rows_by_id(dataset):

@@ -15,14 +15,32 @@ from train.checkpoints import is_whole
 from vlm.cli import main
 
 
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory, make_image):
+    """Nine questions in CV-Bench's columns."""
+    folder = tmp_path_factory.mktemp("questions")
+    make_image().save(folder / "picture.png")
+    picture = {"bytes": (folder / "picture.png").read_bytes(), "path": None}
+    rows = [
+        {"idx": number, "type": kind, "task": task, "source": source, "image": picture,
+         "question": "?", "choices": ["a", "b"], "answer": random.Random(number).choice("AB"),
+         "prompt": "Which?\n(A) a\n(B) b"}
+        for number, (kind, task, source) in enumerate(
+            [("2D", "Relation", "COCO"), ("2D", "Count", "COCO"), ("3D", "Depth", "Omni3D")] * 3
+        )
+    ]  # fmt: skip
+    rows = [{**row, "answer": f"({row['answer']})"} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "questions.parquet")
+    return str(folder / "questions.parquet")
+
+
 @pytest.fixture
-def benched(tree, tmp_path):
+def benched(tree, questions):
     """Six steps, scored at 4 and 6; checkpoints of the training's own at 3 and 6."""
     del tree["stages"][1]
     stage = tree["stages"][0]
     stage["training"] |= {"save_steps": 3, "save_total_limit": 1}
-    (tmp_path / "questions.parquet").write_bytes(b"")
-    stage["benchmark"] = {"data": [str(tmp_path / "questions.parquet")], "every": 4, "limit": 9}
+    stage["benchmark"] = {"data": [questions], "every": 4, "limit": 9}
     return tree
 
 
@@ -94,7 +112,12 @@ def test_one_that_fails_is_told_and_the_training_goes_on(
     folder = tmp_path / "run" / "align"
     assert [set(line) for line in lines(folder)] == [{"step", "error"}] * 2
     log = folder / "benchmark" / "4" / "eval.log"
-    assert f"benchmark at step 4: vlm eval ended with 2, see {log}" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"benchmark at step 4: vlm eval ended with 2, see {log}" in told.out
+    assert "stage align: trained to its end, but its benchmark failed at step 4, 6" in told.err
+    assert json.loads((folder / "manifest.json").read_text())["benchmark_failed_at"] == [4, 6]
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0  # done before
+    assert "its benchmark failed at step 4, 6" in capsys.readouterr().err
     assert (folder / "model.safetensors").exists()
 
 
@@ -104,22 +127,40 @@ def test_files_that_are_missing_are_told_before_training(benched, write_recipe, 
     assert "stages.align.benchmark.data: gone.parquet is no file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tasks", "cv_bensh"], "did you mean 'cv_bench'"),
+        (["--score", "likelyhood"], "choose from likelihood, generation"),
+        (["--protocl", "official"], "did you mean --protocol?"),
+        (["--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+        (["--device", "gpu"], "device gpu cannot be used"),
+    ],
+)
+def test_what_vlm_eval_refuses_is_told_before_training(
+    words, sentence, benched, write_recipe, tmp_path, capsys
+):
+    benched["stages"][0]["benchmark"]["options"] = words
+    assert main(["train", str(write_recipe(benched))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vlm train: stages.align.benchmark: vlm eval --tasks cv_bench --data")
+    assert sentence in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_task_are_told_before_training(benched, write_recipe, capsys):
+    benched["stages"][0]["benchmark"]["tasks"] = ["video_choice"]
+    assert main(["train", str(write_recipe(benched)), "--check"]) == 2
+    assert "questions.parquet" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_vlm_eval_scores_a_checkpoint(benched, write_recipe, tmp_path, make_image):
-    make_image().save(tmp_path / "picture.png")
-    picture = {"bytes": (tmp_path / "picture.png").read_bytes(), "path": None}
-    rows = [
-        {"idx": number, "type": kind, "task": task, "source": source, "image": picture,
-         "question": "?", "choices": ["a", "b"], "answer": random.Random(number).choice("AB"),
-         "prompt": "Which?\n(A) a\n(B) b"}
-        for number, (kind, task, source) in enumerate(
-            [("2D", "Relation", "COCO"), ("2D", "Count", "COCO"), ("3D", "Depth", "Omni3D")] * 3
-        )
-    ]  # fmt: skip
-    rows = [{**row, "answer": f"({row['answer']})"} for row in rows]
-    benchmark = benched["stages"][0]["benchmark"]
-    pq.write_table(pa.Table.from_pylist(rows), benchmark["data"][0])
-    benchmark |= {"every": 100, "options": ["--no-blind", "--strategy", "direct"]}
+def test_vlm_eval_scores_a_checkpoint(benched, write_recipe, tmp_path):
+    benched["stages"][0]["benchmark"] |= {
+        "every": 100,
+        "options": ["--no-blind", "--strategy", "direct"],
+    }
     assert main(["train", str(write_recipe(benched))]) == 0
     (line,) = lines(tmp_path / "run" / "align")
     assert line["step"] == 6 and 0 <= line["cv_bench"] <= 1, line

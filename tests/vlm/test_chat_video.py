@@ -10,6 +10,7 @@ from vlm import chat
 from vlm.chat_session import ChatSession, Sampling
 from vlm.cli import main
 from vlm.errors import UserError
+from vlm.video_times import ShownVideo
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_as_many_frames_as_fit(session, clip):
             ],
         }
     ]
-    length = session.processor.prompt_length(messages, [kept, (64, 48)])
+    length = session.processor.prompt_length(messages, [ShownVideo(kept), (64, 48)])
     assert length + 4 <= 300 < length + 16 + 4
     assert session.waiting[0][1].times[-1] == pytest.approx(59 / 25)  # first and last are kept
     assert session.fit_videos("What moves?") is None

@@ -16,6 +16,7 @@ from vlm.tiling import build_tiling
 from vlm.token_layout import lay_out, num_image_tokens, shown_parts
 from vlm.video import video_of_frames
 from vlm.video_layout import VideoConfig, lay_out_video, num_video_tokens, parse_video, pooled_grid
+from vlm.video_times import ShownVideo
 
 NEWLINES = ("grid", "frame", "one_token", "no_token")
 POOLS = ("bilinear", "average", "max")
@@ -222,7 +223,7 @@ def test_a_video_and_images_take_one_path(tiling, newline, make_model, make_imag
     encoded = processor.encode(talk, images, videos=[video], supervise=True)
     assert encoded["tile_grids"][1].tolist() == [0, 3]
     assert encoded["image_sizes"][1].tolist() == [30, 40]
-    shown = [images[0].size, 3, images[1].size]
+    shown = [images[0].size, ShownVideo(3), images[1].size]
     assert processor.count_tokens(talk, shown)[0] == len(encoded["input_ids"])
     batch = processor.collate([encoded], "right")
     first, seen, _ = model.get_image_features(

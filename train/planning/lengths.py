@@ -19,6 +19,7 @@ from vlm.chat_templates import load
 from vlm.errors import UserError
 from vlm.processing import VlmProcessor
 from vlm.tiling import Size
+from vlm.video_times import ShownVideo
 
 TEXT_TOKENS = 128
 
@@ -215,8 +216,9 @@ def _row(dataset: ConversationDataset, processor: VlmProcessor, position: int) -
         tokens, supervised = processor.count_tokens(record.messages, shown)
     except UserError:
         return None
-    sizes = tuple(size for size in shown if not isinstance(size, int))
-    sample = Sample(sizes, 0, supervised, tuple(n for n in shown if isinstance(n, int)))
+    sizes = tuple(size for size in shown if not isinstance(size, ShownVideo))
+    frames = tuple(item.num_frames for item in shown if isinstance(item, ShownVideo))
+    sample = Sample(sizes, 0, supervised, frames)
     return replace(sample, text_tokens=tokens - _length(processor, sample))
 
 
