@@ -185,6 +185,8 @@ class Recipe:
         return lookup("stage", name, {stage.name: stage for stage in self.stages})
 
 
+# Of a process; tens of thousands leave it no memory to map files in, with a sentence on the file.
+MOST_THREADS = 1024
 # What a stage keeps or measures beside its training.
 BESIDE = {"ema": EmaRecipe, "validation": ValidationRecipe, "benchmark": BenchmarkRecipe}
 
@@ -219,8 +221,10 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
     recipe = config_from_mapping(Recipe, values, where)
     check_objectives(recipe.model, recipe.stages, where)
     check_adapters(recipe.model, recipe.stages, where)
-    if recipe.num_threads is not None and recipe.num_threads < 1:
-        raise UserError(f"{where}: num_threads must be 1 or more, not {recipe.num_threads}")
+    if recipe.num_threads is not None and not 1 <= recipe.num_threads <= MOST_THREADS:
+        raise UserError(
+            f"{where}: num_threads must be in [1, {MOST_THREADS}], not {recipe.num_threads}"
+        )
     if not 0 <= recipe.seed < 2**32:
         raise UserError(f"{where}: seed must be in [0, 2**32), not {recipe.seed}")
     return recipe

@@ -103,7 +103,7 @@ MISTAKES = {
     "--stages.align.data.sources.main.pth x": ["did you mean 'path'?"],
     "--stages []": ["stages must be a list"],
     "--name.x 3": ["name is 'tiny' and has no fields"],
-    "--num_threads 0": ["num_threads must be 1 or more"],
+    "--num_threads 0": ["num_threads must be in [1, 1024]"],
     "--stages.align.training.learning_rat 1e-3": [
         "stages.align.training",
         "did you mean 'learning_rate'?",

@@ -261,3 +261,22 @@ def test_stages_may_differ_in_precision(tree, write_recipe, tmp_path):
     tree["stages"][0]["training"] |= {"bf16": True, "use_cpu": True}
     assert main(["train", str(write_recipe(tree))]) == 0
     assert weights(tmp_path / "run" / "instruct")["lm_head.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_torch_compile_changes_no_step(tree, write_recipe, tmp_path):
+    # Its default backend, inductor, takes minutes to compile here, and gave these losses too.
+    del tree["stages"][1]
+    tree["stages"][0]["training"] |= {"max_steps": 1, "save_strategy": "no"}
+    recipe, losses = str(write_recipe(tree)), []
+    compiled = ["--stages.align.training.torch_compile", "true"]
+    compiled += ["--stages.align.training.torch_compile_backend", "eager"]
+    for name, words in (("plain", []), ("compiled", compiled)):
+        assert main(["train", recipe, "--output_dir", str(tmp_path / name), *words]) == 0
+        losses.append(read_log(tmp_path / name / "align/training_log.jsonl")[0]["loss"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    plain, other = (weights(tmp_path / name / "align") for name in ("plain", "compiled"))
+    assert plain.keys() == other.keys()
+    torch.testing.assert_close(plain, other, rtol=0, atol=1e-6)
