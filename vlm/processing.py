@@ -22,13 +22,12 @@ from vlm.conversations import (
     check_messages,
     in_order,
     kinds_shown,
-    render,
-    tokens_in_spans,
     videos_as_images,
 )
 from vlm.errors import UserError
 from vlm.image_processing import VlmImageProcessor, grids_and_sizes
 from vlm.instructions import FOLDER, IDS, MASK, instructions, join, load_tokenizer, tokenize
+from vlm.prompt_tokens import prompt_tokens
 from vlm.tiling import Size
 from vlm.video import SampledVideo
 from vlm.video_times import Shown, ShownVideo, shown_video, with_times
@@ -244,22 +243,14 @@ class VlmProcessor(ProcessorMixin):
         """Return ids (L,) with image tokens repeated `counts` times, and labels (L,)."""
         template = self.chat_template or ""
         assert isinstance(template, str), "one template, not several by name"
-        rendered = render(
-            videos_as_images(with_times(checked, shown)),
+        ids, said = prompt_tokens(
+            self.tokenizer,
             template,
-            self.tokenizer.special_tokens_map,
+            videos_as_images(with_times(checked, shown)),
             self.image_token,
             supervise,
             add_generation_prompt,
         )
-        tokens = self.tokenizer(
-            rendered.text,
-            add_special_tokens=False,
-            return_offsets_mapping=supervise,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids = np.asarray(tokens["input_ids"], dtype=np.int64)
         is_image = ids == self.image_token_id
         if is_image.sum() != len(counts):
             raise UserError(
@@ -270,10 +261,10 @@ class VlmProcessor(ProcessorMixin):
         repeats[is_image] = counts
         length = int(repeats.sum())
         check_length(checked, length, counts, max_length)
-        if not supervise:
+        if said is None:
             return np.repeat(ids, repeats), None
-        learnt = tokens_in_spans(tokens["offset_mapping"], rendered.spans) & ~is_image
-        return np.repeat(ids, repeats), np.repeat(np.where(learnt, ids, IGNORE), repeats)
+        labels = np.where(said & ~is_image, ids, IGNORE)
+        return np.repeat(ids, repeats), np.repeat(labels, repeats)
 
     def _instructions(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return images' instructions as the connector reads them; nothing if it does not."""

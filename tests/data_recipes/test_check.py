@@ -53,6 +53,34 @@ def test_a_placeholder_without_its_file_is_counted(tmp_path, capsys):
     assert "a.jsonl:4 (id 'r3'): 0 image(s) but 1 <image> placeholder(s)" in out
 
 
+@pytest.fixture
+def web(tmp_path):
+    """Five records: two name </s>, one of them <|box|> too, and one <|im_end|>."""
+    rows = [row(number) for number in range(5)]
+    for number, text in ((1, "<s>Old</s> </s>"), (2, "See <|box|></s>"), (4, "a<|im_end|>\n")):
+        rows[number]["conversations"][number % 2]["value"] = text
+    write(tmp_path / "web.jsonl", rows)
+    return str(tmp_path / "web.jsonl")
+
+
+def test_special_tokens_in_texts_are_counted_and_no_faults(web, capsys):
+    assert main(["data", "check", web, "--examples", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "0 record(s) with faults\n  special tokens named in texts" in out
+    assert f"2 x </s>: {web}:2 (id 'r1')\n" in out
+    for token, line in (("<s>", 2), ("<|box|>", 3), ("<|im_end|>", 5)):
+        assert f"1 x {token}: {web}:{line} (id" in out
+
+
+def test_special_tokens_of_a_tokenizer(web, language_model_folder, capsys):
+    assert main(["data", "check", web, "--tokenizer", str(language_model_folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"2 x </s>: {web}:2 (id 'r1'), {web}:3 (id 'r2')\n" in out
+    assert "<|im_end|>" not in out and "<|box|>" not in out  # it has no such tokens
+    assert main(["data", "check", web, "--tokenizer", "nowhere/to/be"]) == 2
+    assert "--tokenizer nowhere/to/be: no tokenizer" in capsys.readouterr().err
+
+
 def test_captions(tmp_path, capsys, make_image):
     make_image().save(tmp_path / "a.png")
     path = tmp_path / "data.json"
@@ -61,7 +89,7 @@ def test_captions(tmp_path, capsys, make_image):
         {"image": "a.png", "caption": "A cat."},
         {"image": "a.png", "conversations": asked},
         {"image": "a.png", "conversations": [*asked, *asked[:1], asked[1]]},
-        {"image": "gone.png", "caption": "A cat."},
+        {"image": "gone.png", "caption": "A cat.</s>"},
     ]
     path.write_text(json.dumps(records[:2]))
     assert main(["data", "check", str(path), "--captions"]) == 0
@@ -69,7 +97,8 @@ def test_captions(tmp_path, capsys, make_image):
     path.write_text(json.dumps(records))
     capsys.readouterr()
     assert main(["data", "check", str(path), "--captions"]) == 2
-    assert "4 records, 3 images, 2 record(s) with faults" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4 records, 3 images, 2 record(s) with faults" in out and "1 x </s>: " in out
 
 
 def test_mix(tmp_path, capsys):
