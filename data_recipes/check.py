@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from vlm.errors import UserError
 
 if TYPE_CHECKING:
-    from data_recipes.image_files import Inside
+    from data_recipes.image_files import Inside, VideoPlace
     from data_recipes.mixture import Source
 
 
@@ -141,15 +141,22 @@ def check_source(
 
 
 def _media_fault(
-    images: "Sequence[str | Inside]", videos: Sequence[str], root: Path, decode: bool
+    images: "Sequence[str | Inside]", videos: "Sequence[VideoPlace]", root: Path, decode: bool
 ) -> str | None:
     """Return what is wrong with the first picture or video that cannot be used; None: nothing."""
-    from data_recipes.image_files import VideoFile, is_missing, load_media, locate
+    from data_recipes.image_files import (
+        MediaFile,
+        VideoFile,
+        is_missing,
+        load_media,
+        locate,
+        locate_video,
+    )
     from vlm.video_layout import VideoConfig
 
-    files = [locate(image, root) for image in images]
+    files: list[MediaFile] = [locate(image, root) for image in images]
     # As a model that was not told otherwise looks at videos; frames are only looked at.
-    files += [VideoFile(str(root / video), VideoConfig(), 32) for video in videos]
+    files += [VideoFile(locate_video(video, root), VideoConfig(), 32) for video in videos]
     for file in files:
         try:
             if decode:

@@ -14,7 +14,14 @@ import torch
 from torch.utils.data import Dataset
 
 from data_recipes.feature_store import FeatureStore, LostFeaturesError
-from data_recipes.image_files import MediaFile, VideoFile, load_media, locate, shown_size
+from data_recipes.image_files import (
+    MediaFile,
+    VideoFile,
+    load_media,
+    locate,
+    locate_video,
+    shown_size,
+)
 from data_recipes.loss_weight import LossWeight, token_weight
 from data_recipes.mixture import Mixture, Source
 from data_recipes.pictures import Shown, num_pictures, stored_features
@@ -122,15 +129,14 @@ class ConversationDataset(Dataset):
 
     def files(self, record: Record, number: int) -> list[MediaFile]:
         """Return where pictures and videos of a record of source `number` are, as they stand."""
-        root = image_root(self.mixture.sources[number])
+        source = self.mixture.sources[number]
+        root = image_root(source)
         images: list[MediaFile] = [locate(image, root) for image in record.images]
         if not record.videos:
             return images
         processor = self.processor.image_processor
-        videos = [
-            VideoFile(str(root / video), processor.video_config, processor.view_size)
-            for video in record.videos
-        ]
+        how = processor.video_config, processor.view_size, source.frame_rate
+        videos = [VideoFile(locate_video(video, root), *how) for video in record.videos]
         return in_order(record.messages, images, videos)
 
     def encode(self, number: int, row: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Where is a picture's file: on the disk by itself, or inside the file that holds the records?
 
 An `ImageFile` is a path, or an `Inside`: bytes of a parquet file or a tar that are read when they
-are wanted. A `VideoFile` is a path and which frames are looked at. Only this file tells them apart.
+are wanted. A `VideoFile` is one of these, a folder of frames or a row of pictures, and which frames
+are looked at. Only this file tells them apart.
 """
 
 import hashlib
@@ -12,15 +13,17 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from vlm.images import image_size, load_image
+from vlm.frame_files import FRAME_RATE, FrameFiles, frames_in
+from vlm.images import MAX_PIXELS, image_size, load_image
 from vlm.tiling import Size
-from vlm.video import SampledVideo, sample_video, video_facts
+from vlm.video import SampledVideo, VideoSource, sample_video, video_facts, with_frames
+from vlm.video_file import VideoBytes
 from vlm.video_layout import VideoConfig
 from vlm.video_times import Shown, ShownVideo, shown_video
 
 
 class Container(Protocol):
-    """A file with pictures in it; what a key means is its own affair."""
+    """A file with pictures or videos in it; what a key means is its own affair."""
 
     def read_picture(self, key: tuple[int, int]) -> bytes:
         """Return the bytes of one picture's file.
@@ -37,17 +40,19 @@ class Container(Protocol):
 
 @dataclass(frozen=True)
 class Inside:
-    """A picture inside another file; equal if file and key are.
+    """A picture or a video inside another file; equal if file and key are.
 
     Attributes:
         path: the other file.
-        key: which picture of it.
+        key: which of it.
         container: reads it.
+        name: its own name there, if it has one.
     """
 
     path: str
     key: tuple[int, int]
     container: Container = field(compare=False, repr=False)
+    name: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return self.container.name_picture(self.key)
@@ -58,39 +63,75 @@ class VideoFile:
     """A video as a model looks at it.
 
     Attributes:
-        path: its file.
+        place: its file, a folder of its frames, or these, pictures in order.
         config: which frames of it; how their tokens are laid out plays no part here.
         target_size: of the views that its frames become.
+        frame_rate: frames a second, where they are pictures.
     """
 
-    path: str
+    place: str | Inside | tuple[str | Inside, ...]
     config: VideoConfig
     target_size: int
+    frame_rate: float = FRAME_RATE
 
     def __str__(self) -> str:
-        return self.path
+        if isinstance(self.place, tuple):
+            return f"{self.place[0]} and {len(self.place) - 1} more"
+        return str(self.place)
+
+    def source(self) -> VideoSource:
+        """Return what is read; raises UserError."""
+        if isinstance(self.place, tuple):
+            return FrameFiles(self.place, self.frame_rate, str(self), load)
+        if isinstance(self.place, Inside):
+            return VideoBytes(read(self.place), str(self))
+        return with_frames(self.place, self.frame_rate)
+
+    def parts(self) -> tuple[str | Inside, ...]:
+        """Return the files that it is made of; raises UserError."""
+        if isinstance(self.place, tuple):
+            return self.place
+        folder = isinstance(self.place, str) and Path(self.place).is_dir()
+        return frames_in(str(self.place)) if folder else (self.place,)
 
     def shown(self) -> ShownVideo:
         """Return what counts its tokens, without decoding a frame; raises UserError."""
-        return shown_video(video_facts(self.path, **self.sampling), self.config)
+        return shown_video(video_facts(self.source(), **self.sampling), self.config)
 
     def frames(self) -> SampledVideo:
         """Return them, decoded; raises UserError."""
-        return sample_video(self.path, **self.sampling, target_size=self.target_size)
+        return sample_video(self.source(), **self.sampling, target_size=self.target_size)
 
     @property
     def sampling(self) -> dict[str, Any]:
         """Which frames, as `sample_video` takes it."""
         return self.config.sampling()
 
+    @property
+    def look(self) -> list[tuple[str, Any]]:
+        """What decides which frames are looked at, beside the files."""
+        is_file = isinstance(self.place, Inside) or not (
+            isinstance(self.place, tuple) or Path(self.place).is_dir()
+        )
+        rate = [] if is_file else [("frame_rate", self.frame_rate)]
+        return sorted(self.sampling.items()) + rate
+
 
 ImageFile = str | Path | Inside
 MediaFile = ImageFile | VideoFile
+VideoPlace = str | Inside | tuple[str | Inside, ...]
 
 
-def locate(image: str | Inside, root: Path) -> ImageFile:
+def locate(image: str | Inside, root: Path) -> str | Inside:
     """Return where a record's picture is; paths in records are relative to `root`."""
     return image if isinstance(image, Inside) else str(root / image)
+
+
+def locate_video(video: VideoPlace, root: Path) -> VideoPlace:
+    """Return where a record's video is, or its frames are; see `locate`."""
+    if isinstance(video, tuple):
+        return tuple(locate(frame, root) for frame in video)
+    return locate(video, root)
 
 
 def read(file: MediaFile) -> bytes:
@@ -105,9 +146,15 @@ def read(file: MediaFile) -> bytes:
     if isinstance(file, Inside):
         return file.container.read_picture(file.key)
     if isinstance(file, VideoFile):
-        with Path(file.path).open("rb") as opened:
-            digest = hashlib.file_digest(opened, "blake2b")
-        digest.update(repr(sorted(file.sampling.items())).encode())
+        digest = hashlib.blake2b()
+        for part in file.parts():
+            if isinstance(part, Inside):
+                digest.update(read(part))
+                continue
+            with Path(part).open("rb") as opened:
+                while piece := opened.read(1 << 20):
+                    digest.update(piece)
+        digest.update(repr(file.look).encode())
         return digest.digest()
     return Path(file).read_bytes()
 
@@ -118,11 +165,11 @@ def state(file: MediaFile) -> tuple[Any, ...]:
     Raises:
         OSError: there is no such file.
     """
-    path = file.path if isinstance(file, (Inside, VideoFile)) else file
+    if isinstance(file, VideoFile):
+        return (*(each for part in file.parts() for each in state(part)), *file.look)
+    path = file.path if isinstance(file, Inside) else file
     status = os.stat(path)
     found = (os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if isinstance(file, VideoFile):
-        return (*found, status.st_ino, *sorted(file.sampling.items()))
     return (*found, status.st_ino, *(file.key if isinstance(file, Inside) else ()))
 
 
@@ -140,9 +187,12 @@ def shown_size(file: MediaFile) -> Shown:
     return file.shown() if isinstance(file, VideoFile) else size_of(file)
 
 
-def load(file: ImageFile) -> Image.Image:
-    """Return the picture, upright and in RGB; raises UserError, as `load_image` does."""
-    return load_image(read(file), name=str(file)) if isinstance(file, Inside) else load_image(file)
+def load(
+    file: ImageFile, max_pixels: int = MAX_PIXELS, target_size: int | None = None
+) -> Image.Image:
+    """Return the picture, upright and in RGB; see `load_image`, whose errors it raises."""
+    data = read(file) if isinstance(file, Inside) else file
+    return load_image(data, max_pixels, target_size, name=str(file))
 
 
 def size_of(file: ImageFile) -> Size:
@@ -153,5 +203,8 @@ def size_of(file: ImageFile) -> Size:
 def is_missing(file: MediaFile) -> bool:
     """Return whether a file of its own is not there; one inside another is not looked for."""
     if isinstance(file, VideoFile):
-        return not Path(file.path).is_file()
+        place = file.place
+        if isinstance(place, tuple):
+            return any(map(is_missing, place))
+        return not isinstance(place, Inside) and not Path(place).exists()
     return not isinstance(file, Inside) and not Path(file).is_file()

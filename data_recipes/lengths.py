@@ -127,7 +127,7 @@ class _Cache:
     """Where the counts of a source lie: 32 bytes that tell the data file's state, then int32."""
 
     def __init__(self, source: Source, processor_key: str) -> None:
-        told = [processor_key, source.path, source.image_position, FORMAT]
+        told = [processor_key, source.path, source.image_position, source.frame_rate, FORMAT]
         told.append(str(image_root(source).resolve()))
         key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         files = data_files(source.path)

@@ -23,6 +23,7 @@ from connectors.config import config_from_mapping
 from data_recipes.foreign_mixes import from_internvl, from_llava_next, is_internvl
 from data_recipes.records import ImagePosition
 from vlm.errors import UserError
+from vlm.frame_files import FRAME_RATE
 
 Take = Literal["first", "end", "random"]
 MAX_MIX_BYTES = 1 << 24
@@ -42,6 +43,7 @@ class Source:
         take: which ones `cap` keeps.
         image_position: "first" applies LLaVA's rule to placeholders, "front_if_missing" InternVL's;
             "none" leaves the pictures out (see records.py).
+        frame_rate: frames a second of videos that are folders or lists of pictures.
     """
 
     name: str
@@ -52,11 +54,14 @@ class Source:
     cap: int | str | None = None
     take: Take = "first"
     image_position: ImagePosition = "as_written"
+    frame_rate: float = FRAME_RATE
 
     def __post_init__(self) -> None:
         where = f"data source {self.name!r}"
         if self.weight is not None and self.weight <= 0:
             raise UserError(f"{where}: weight must be above 0, not {self.weight}")
+        if not 0 < self.frame_rate < math.inf:
+            raise UserError(f"{where}: frame_rate must be above 0, not {self.frame_rate}")
         if self.repeat <= 0:
             raise UserError(f"{where}: repeat must be above 0, not {self.repeat}")
         if self.weight is not None and self.repeat != 1.0:

@@ -1,7 +1,7 @@
 """How is row i of a parquet file read without reading the file? By row groups, a few of them kept.
 
-A row's text is read with its row group. A picture stored as bytes (Hugging Face's `{bytes, path}`,
-or plain bytes) is read when it is wanted, and then the column with the pictures alone. Of all files
+A row's text is read with its row group. A picture or a video stored as bytes (Hugging Face's
+`{bytes, path}`, or plain bytes) is read when it is wanted, and then its column alone. Of all files
 of a source, a few row groups stay in memory and a few files open: the ones used last.
 
 Reading a row costs its whole row group: some milliseconds where a group has 1,000 rows of text, or
@@ -11,6 +11,7 @@ Reading a row costs its whole row group: some milliseconds where a group has 1,0
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,40 @@ class RowGroups:
         return sum(table.nbytes for table in self._tables.values())
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of pictures or of videos, as what reads one of them.
+
+    Attributes:
+        records: the file.
+        leaf: the column's bytes.
+        kind: what errors call what it holds.
+    """
+
+    records: "ParquetRecords"
+    leaf: str
+    kind: str
+
+    def name_picture(self, key: tuple[int, int]) -> str:
+        """Return what errors call picture or video `key[1]` of row `key[0]`."""
+        return f"{self.records.path}, row {key[0]}, {self.kind} {key[1] + 1}"
+
+    def read_picture(self, key: tuple[int, int]) -> bytes:
+        """Return the bytes of picture or video `key[1]` of row `key[0]`.
+
+        Raises:
+            UserError: the row has none.
+        """
+        row, number = key
+        value = self.records.value(row, [self.leaf])[self.leaf.partition(".")[0]]
+        items = value if isinstance(value, list) else [value]
+        found = items[number] if number < len(items) else None
+        data = found.get("bytes") if isinstance(found, Mapping) else found
+        if not data:
+            raise UserError(f"{self.kind} {self.name_picture(key)}: it has no bytes")
+        return data
+
+
 class ParquetRecords:
     """Random access to the rows of a parquet file, as records.
 
@@ -80,15 +115,15 @@ class ParquetRecords:
         file = self._groups.open(self.path)
         metadata, schema = file.metadata, file.schema
         leaves = [schema.column(number).path for number in range(len(schema))]
-        self._pictures = {
+        self._media = {
             leaves[number].partition(".")[0]: leaves[number]
             for number in range(len(schema))
-            if _holds_pictures(schema.column(number)) and _has_values(metadata, number)
+            if _holds_media(schema.column(number)) and _has_values(metadata, number)
         }
         self._text = [
             leaf
             for leaf in leaves
-            if leaf.partition(".")[0] in KEYS and leaf not in self._pictures.values()
+            if leaf.partition(".")[0] in KEYS and leaf not in self._media.values()
         ]
         self._check(metadata, leaves)
         counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
@@ -98,18 +133,19 @@ class ParquetRecords:
         return self._ends[-1]
 
     def __getitem__(self, row: int) -> Any:
-        """Return row `row` without its nulls; pictures inside the file become `Inside`."""
-        raw = without_nulls(self._value(row, self._text))
-        for name, leaf in self._pictures.items():
+        """Return row `row` without its nulls; what is inside the file becomes `Inside`."""
+        raw = without_nulls(self.value(row, self._text))
+        for name, leaf in self._media.items():
             if name not in raw and any(known.startswith(f"{name}.") for known in self._text):
                 continue  # the column that is read with the text says that there is none
             found = raw.get(name)
             if found is None:
-                found = self._value(row, [leaf])[name]
+                found = self.value(row, [leaf])[name]
+            column = Column(self, leaf, "picture" if name in PICTURE_KEYS else "video")
             if isinstance(found, list):
-                raw[name] = [Inside(str(self.path), (row, n), self) for n in range(len(found))]
+                raw[name] = [Inside(str(self.path), (row, n), column) for n in range(len(found))]
             elif found is not None:
-                raw[name] = Inside(str(self.path), (row, 0), self)
+                raw[name] = Inside(str(self.path), (row, 0), column)
         return {
             name: _paths(value) if name in (*PICTURE_KEYS, *VIDEO_KEYS) else value
             for name, value in raw.items()
@@ -127,28 +163,7 @@ class ParquetRecords:
         """Return `where(row)` as an object that computes its text late."""
         return Place(self.where, row)
 
-    def name_picture(self, key: tuple[int, int]) -> str:
-        """Return what errors call picture `key[1]` of row `key[0]`."""
-        return f"{self.path}, row {key[0]}, picture {key[1] + 1}"
-
-    def read_picture(self, key: tuple[int, int]) -> bytes:
-        """Return the bytes of picture `key[1]` of row `key[0]`.
-
-        Raises:
-            UserError: the row has none.
-        """
-        row, number = key
-        for name, leaf in self._pictures.items():
-            value = self._value(row, [leaf])[name]
-            pictures = value if isinstance(value, list) else [value]
-            if number < len(pictures):
-                found = pictures[number]
-                data = found.get("bytes") if isinstance(found, Mapping) else found
-                if data:
-                    return data
-        raise UserError(f"image {self.name_picture(key)}: it has no bytes")
-
-    def _value(self, row: int, columns: list[str]) -> dict[str, Any]:
+    def value(self, row: int, columns: list[str]) -> dict[str, Any]:
         """Return one row of some columns, as plain values."""
         if not 0 <= row < len(self):
             raise IndexError(row)
@@ -177,7 +192,8 @@ class ParquetRecords:
                 f"{self.path}: none of its columns {', '.join(columns)} is one of "
                 f"{', '.join(TURN_KEYS)}, which a record needs"
             )
-        limits = [(self._text, MAX_TEXT_BYTES), (list(self._pictures.values()), MAX_PICTURE_BYTES)]
+        limits = [(self._text, MAX_TEXT_BYTES)]
+        limits += [([leaf], MAX_PICTURE_BYTES) for leaf in self._media.values()]
         for columns, limit in limits:
             numbers = [leaves.index(name) for name in columns]
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
@@ -206,10 +222,10 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _holds_pictures(column: pq.ColumnSchema) -> bool:
-    """Return whether a leaf column is the bytes of pictures."""
+def _holds_media(column: pq.ColumnSchema) -> bool:
+    """Return whether a leaf column is the bytes of pictures or of videos."""
     binary = column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE"
-    return binary and column.path.partition(".")[0] in PICTURE_KEYS
+    return binary and column.path.partition(".")[0] in (*PICTURE_KEYS, *VIDEO_KEYS)
 
 
 def _has_values(metadata: pq.FileMetaData, column: int) -> bool:

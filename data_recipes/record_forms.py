@@ -2,7 +2,8 @@
 
     pictures  `image`: a path, a list of paths, or MiniCPM's {"<image_00>": path}; `images`
               (ms-swift, nanoVLM)
-    videos    `video`: a path or a list of paths; `videos` (ms-swift)
+    videos    `video`: a path (of a file, or of a folder of frames) or a list of paths; `videos`
+              (ms-swift); a list of pictures is one video of these frames, also within a list
     turns     `conversations` (LLaVA, InternVL, MiniCPM), `messages` (ms-swift, OpenAI), or
               `texts`: [{"user": ..., "assistant": ...}] (nanoVLM, FineVision)
     a turn    {"from", "value"} or {"role", "content"}; a content is text, or a list of entries
@@ -18,7 +19,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from data_recipes.image_files import Inside
 from vlm.errors import UserError
+from vlm.frame_files import is_frame_name
 
 IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
 PICTURE_KEYS = ("image", "images")
@@ -41,8 +44,8 @@ def media_and_turns(raw: Mapping, name: object) -> tuple[list[Any], list[Any], A
         name: what errors call it.
 
     Returns:
-        Paths, or whatever stands for pictures; paths of videos; and the turns, of which only what
-        had to be read was checked.
+        Paths, or whatever stands for pictures; the same of videos, tuples of frames among them; and
+        the turns, of which only what had to be read was checked.
 
     Raises:
         UserError: two keys for one thing, or something that cannot be trained on.
@@ -63,11 +66,24 @@ def media_and_turns(raw: Mapping, name: object) -> tuple[list[Any], list[Any], A
             kind = "pictures" if brought["image"] and images else "videos"
             raise UserError(f"{name}: its {kind} stand in its turns and beside them; choose one")
         images, videos = brought["image"] or images, brought["video"] or videos
-    return _listed(images), _listed(videos), turns
+    return _listed(images), _with_frames(_listed(videos)), turns
 
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _with_frames(videos: list[Any]) -> list[Any]:
+    """Return videos with a tuple for each list of frames: a list in the list, or all of it."""
+    if videos and all(map(is_frame, videos)):
+        return [tuple(videos)]
+    return [tuple(each) if isinstance(each, list) else each for each in videos]
+
+
+def is_frame(file: Any) -> bool:
+    """Return whether a file is a picture, by its name."""
+    name = file.name if isinstance(file, Inside) else file
+    return isinstance(name, str) and is_frame_name(name)
 
 
 def show(value: Any) -> str:

@@ -28,10 +28,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data_recipes.image_files import Inside
+from data_recipes.image_files import Inside, VideoPlace
 from data_recipes.record_forms import (
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
+    is_frame,
     media_and_turns,
     show,
 )
@@ -55,13 +56,14 @@ class Record:
         id: the record's own id; empty if it has none.
         images: paths as written, or pictures inside the file, in the order of their placeholders.
         messages: chat messages; `content` is a list of image, video and text entries.
-        videos: paths as written, in the order of their placeholders.
+        videos: paths as written, videos inside the file, or tuples of frames, in the order of their
+            placeholders.
     """
 
     id: str
     images: tuple[str | Inside, ...]
     messages: list[dict[str, Any]]
-    videos: tuple[str, ...] = ()
+    videos: tuple[VideoPlace, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,17 @@ def check_pictures(pictures: list[Any], name: object) -> tuple[str | Inside, ...
     return tuple(pictures)
 
 
-def _videos(files: list[Any], name: _Name) -> tuple[str, ...]:
+def _videos(files: list[Any], name: _Name) -> tuple[VideoPlace, ...]:
     for file in files:
-        if not isinstance(file, str) or not file:
+        parts = file if isinstance(file, tuple) else (file,)
+        if not parts or not all(part and isinstance(part, (str, Inside)) for part in parts):
             raise UserError(
-                f"{name}: 'video' must be a path or a list of paths, not {show(file)}; videos "
-                "inside other files are not read"
+                f"{name}: 'video' must be a path, a list of paths, or a list of frames, not "
+                f"{show(file)}"
             )
+        if isinstance(file, tuple) and not all(map(is_frame, file)):
+            odd = next(part for part in file if not is_frame(part))
+            raise UserError(f"{name}: a video that is a list of frames has {show(odd)} among them")
     return tuple(files)
 
 

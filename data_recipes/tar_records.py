@@ -3,8 +3,9 @@
 A sample is what stands together in the tar under one key, the name up to the first dot of its last
 part: `000017.json` and `000017.jpg`, or `000017.0.jpg` and `000017.1.jpg`, or `000017.txt` in place
 of the JSON for a caption. The JSON is a record; its `image` may name the sample's pictures by file
-name or suffix, and where it has none, all of them are meant, in the tar's order. Other members are
-not read. A record whose sample has no picture has its pictures elsewhere, under `image_root`.
+name or suffix, and where it has none, all of them are meant, in the tar's order. Its `video` does
+the same with videos (`000017.mp4`), or names pictures as frames. Other members are not read. A
+record whose sample has no picture, or no video, has it elsewhere, under `image_root`.
 
 The headers are read once, and 8 bytes a sample are kept (see index.py). A shard is opened for each
 read and closed again, so that thousands of shards need no more open files than one.
@@ -24,11 +25,12 @@ import numpy as np
 
 from data_recipes.image_files import Inside
 from data_recipes.index import Place, load_or_build
-from data_recipes.record_forms import PICTURE_KEYS, TURN_KEYS
+from data_recipes.record_forms import PICTURE_KEYS, TURN_KEYS, VIDEO_KEYS
 from data_recipes.scan import Scan
 from vlm.errors import UserError
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"}
+VIDEOS = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "flv", "ogv", "wmv", "3gp"}
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 
 
@@ -42,9 +44,9 @@ class Member:
     size: int
 
     @property
-    def is_picture(self) -> bool:
-        """Whether it is a picture, by the last part of its name."""
-        return self.suffix.rpartition(".")[2] in PICTURES
+    def kind(self) -> str:
+        """What it is, by the last part of its name, in lower case."""
+        return self.suffix.rpartition(".")[2]
 
 
 class TarRecords:
@@ -80,8 +82,12 @@ class TarRecords:
             return raw
         if caption is not None and not any(name in raw for name in TURN_KEYS):
             raw["caption"] = caption
-        pictures = [member for member in members if member.is_picture]
-        return {"id": key, **raw, **self._pictures(raw, pictures, row)}
+        pictures = [member for member in members if member.kind in PICTURES]
+        videos = [member for member in members if member.kind in VIDEOS]
+        found = self._videos(raw, videos, pictures, row)
+        frames = {each.key for each in _flat(list(found.values()))}
+        pictures = [member for member in pictures if (member.start, member.size) not in frames]
+        return {"id": key, **raw, **found, **self._pictures(raw, pictures, row)}
 
     def __reduce__(self) -> tuple:
         """Reopen in another process."""
@@ -137,21 +143,56 @@ class TarRecords:
         key = next((key for key in PICTURE_KEYS if raw.get(key)), None)
         if key is None:
             return {"image": [self._inside(member) for member in pictures]}
-        named = raw[key] if isinstance(raw[key], list) else [raw[key]]
-        by_name = {name: m for m in pictures for name in (m.suffix, Path(m.name).name, m.name)}
-        for name in named:
+        return {key: self._named(raw[key], key, pictures, row)}
+
+    def _videos(
+        self, raw: dict, videos: list[Member], pictures: list[Member], row: int
+    ) -> dict[str, Any]:
+        """Return the key `video` for a record whose videos or frames are in its sample; else {}."""
+        key = next((key for key in VIDEO_KEYS if raw.get(key)), None)
+        if key is None:
+            return {"video": [self._inside(member) for member in videos]} if videos else {}
+        known = {name for member in pictures for name in _names(member)}
+        if not videos and not any(str(name) in known for name in _flat(raw[key])):
+            return {}
+        return {key: self._named(raw[key], key, [*videos, *pictures], row)}
+
+    def _named(self, named: Any, key: str, members: list[Member], row: int) -> list[Any]:
+        """Return the members that a record names, lists in lists kept.
+
+        Raises:
+            UserError: there is no such member.
+        """
+        by_name = {name: member for member in members for name in _names(member)}
+        found: list[Any] = []
+        for name in named if isinstance(named, list) else [named]:
+            if isinstance(name, list):
+                found.append(self._named(name, key, members, row))
+                continue
             if name not in by_name:
+                kind = "pictures" if key in PICTURE_KEYS else "videos and pictures"
                 raise UserError(
-                    f"{self.where(row)}: {key!r} names {name!r}, but the sample's pictures are "
-                    f"{', '.join(member.name for member in pictures)}"
+                    f"{self.where(row)}: {key!r} names {name!r}, but the sample's {kind} are "
+                    f"{', '.join(member.name for member in members)}"
                 )
-        return {key: [self._inside(by_name[name]) for name in named]}
+            found.append(self._inside(by_name[name]))
+        return found
 
     def _inside(self, member: Member) -> Inside:
-        return Inside(str(self.path), (member.start, member.size), self)
+        return Inside(str(self.path), (member.start, member.size), self, member.name)
 
 
 _TEXTS = ("json", "txt")
+
+
+def _names(member: Member) -> tuple[str, str, str]:
+    """Return what a record may call a member."""
+    return member.suffix, Path(member.name).name, member.name
+
+
+def _flat(named: Any) -> list[Any]:
+    """Return names that stand alone, in a list, or in lists in a list, as one list."""
+    return [each for part in named for each in _flat(part)] if isinstance(named, list) else [named]
 
 
 def scan_tar(path: Path) -> Scan:

@@ -7,7 +7,6 @@ wrote, with "direct" right after the prompt.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from vlm.option_scores import (
     score_plainly,
     score_with_cache,
 )
-from vlm.video import sample_video
+from vlm.video import VideoSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +78,15 @@ class ModelAnswerer:
     def encode(
         self,
         messages: list[dict[str, Any]],
-        media: list[Image.Image | Path],
+        media: list[Image.Image | VideoSource],
         choices: tuple[str, ...],
     ) -> Question:
         """Return one question ready for batching; of videos, frames as the model looks at them."""
-        processor = self.processor.image_processor
-        options = {**processor.video_config.sampling(), "target_size": processor.view_size}
+        sample = self.processor.image_processor.sample
         encoded = self.processor.encode(
             messages,
-            [each for each in media if not isinstance(each, Path)],
-            videos=[sample_video(each, **options) for each in media if isinstance(each, Path)],
+            [each for each in media if isinstance(each, Image.Image)],
+            videos=[sample(each) for each in media if not isinstance(each, Image.Image)],
             add_generation_prompt=True,
         )
         return Question(encoded=encoded, choices=choices)

@@ -9,7 +9,6 @@ some questions again, and keeps their first answers.)
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
@@ -20,6 +19,7 @@ from eval.protocols import Protocol
 from eval.samples import Row, SampleStore
 from eval.task import Example, Task
 from vlm.answers import LETTERS
+from vlm.video import VideoSource
 
 IMAGE, BLIND = "image", "blind"
 WINDOW_BATCHES = 8  # more sorts better and holds more decoded pictures in memory
@@ -31,7 +31,7 @@ class Answerer(Interface):
     def encode(
         self,
         messages: list[dict[str, Any]],
-        media: list[Image.Image | Path],
+        media: list[Image.Image | VideoSource],
         choices: tuple[str, ...],
     ) -> Question:
         """Return a question ready for batching."""

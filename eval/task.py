@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from eval.protocols import Protocol
+from vlm.video import VideoSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,8 @@ class Task(ABC):
             UserError: a picture cannot be decoded; the message names file and row.
         """
 
-    def media(self, index: int) -> list[Image.Image | Path]:
-        """Return what is shown with a question: pictures, or videos as paths of their files.
+    def media(self, index: int) -> list[Image.Image | VideoSource]:
+        """Return what is shown with a question: pictures, or videos that are not decoded yet.
 
         Which frames of a video are looked at is the model's affair; `images` may then be a strip.
         """

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `vlm chat`."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or Hub id")
     parser.add_argument(
-        "images", metavar="FILE", nargs="*", help="pictures and videos to talk about"
+        "images",
+        metavar="FILE",
+        nargs="*",
+        help="pictures, videos and folders of a video's frames to talk about",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="ask this, print the reply and exit")
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -90,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_video_name(path: str) -> bool:
-    """Return whether a file is a video by its name; of a GIF, the first frame is a picture."""
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+    """Return whether a path is a video: by its name, or a folder of frames; a GIF is a picture."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES or Path(path).is_dir()
 
 
 def converse(session: "ChatSession", interactive: bool, name: str) -> int:

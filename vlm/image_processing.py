@@ -18,7 +18,7 @@ from vlm.images import to_rgb
 from vlm.tile_grids import pad_to_square, stretch
 from vlm.tiling import Size, Tiling, ViewPlan, build_tiling
 from vlm.token_layout import num_image_tokens
-from vlm.video import SampledVideo
+from vlm.video import SampledVideo, VideoSource, sample_video
 from vlm.video_layout import VideoConfig, parse_video
 from vlm.video_times import ShownVideo
 
@@ -116,6 +116,11 @@ class VlmImageProcessor(BaseImageProcessor):
     def views(self, image: Image.Image, num_images: int = 1) -> list[Image.Image]:
         """Return the square pictures that the encoder sees of one image, in order."""
         return self._cutter.split(to_rgb(image), self.view_size, self.mean_color, num_images)
+
+    def sample(self, source: VideoSource) -> SampledVideo:
+        """Return the frames of a video that the model looks at; see `vlm.video.sample_video`."""
+        options = self.video_config.sampling()
+        return sample_video(source, **options, target_size=self.view_size)
 
     def frame_views(self, video: SampledVideo) -> list[Image.Image]:
         """Return the square pictures that the encoder sees of a video: one a frame.

@@ -1,4 +1,4 @@
-"""How does a video file become a few frames with their times, or one sentence that says why not?"""
+"""How does a video become a few frames with their times, or one sentence that says why not?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,14 @@ from typing import Any
 from PIL import Image
 
 from vlm.errors import UserError
-from vlm.video_file import Timeline, VideoLimits, frames_shown_at, read_timeline
+from vlm.frame_files import FRAME_RATE, FrameFiles, frames_in
+from vlm.video_file import VideoLimits, VideoPath, frames_shown_at, read_timeline
 from vlm.video_sampling import check_sampling, choose_frames, evenly
 
 __all__ = ["DEFAULT_LIMITS", "SampledVideo", "VideoFacts", "VideoLimits", "sample_video", "thin"]
 
 DEFAULT_LIMITS = VideoLimits()
+VideoSource = VideoPath | FrameFiles
 _TURNS = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -50,7 +52,7 @@ class VideoFacts:
 
 
 def sample_video(
-    path: str | Path,
+    source: VideoSource,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
@@ -62,7 +64,8 @@ def sample_video(
     """Return chosen frames of a video, exactly these and no others; memory is that of them.
 
     Args:
-        path: a file.
+        source: a file, the bytes of one, or pictures that are its frames: a folder of them (of
+            `FRAME_RATE`), or `FrameFiles`.
         num_frames: so many, evenly spread, first and last included; see `choose_frames`.
         fps: so many a second. Give one of both; neither: every frame.
         max_frames: how many at most.
@@ -75,21 +78,27 @@ def sample_video(
         UserError: the file is missing, empty, damaged, holds no moving pictures, or exceeds a
             limit; or the sampling means nothing.
     """
-    timeline, chosen = _choose(path, num_frames, fps, max_frames, limits)
-    wanted = [int(timeline.shown[number]) for number in chosen]
-    decoded = frames_shown_at(path, timeline, wanted, limits, threads)
-    seconds = timeline.seconds
-    return SampledVideo(
-        tuple(_picture(frame, aspect, target_size) for frame, aspect in decoded),
-        tuple(seconds[number] for number in chosen),
-        timeline.duration,
-        len(timeline.shown),
-        str(path),
-    )
+    check_sampling(num_frames, fps, max_frames)
+    rule = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
+    source = with_frames(source)
+    if isinstance(source, FrameFiles):
+        seconds = source.times(limits)
+        chosen = choose_frames(seconds, **rule)
+        frames = tuple(source.pictures(chosen, target_size, limits))
+        duration = len(seconds) / source.rate
+    else:
+        timeline = read_timeline(source, limits)
+        seconds, duration = timeline.seconds, timeline.duration
+        chosen = choose_frames(seconds, **rule)
+        wanted = [int(timeline.shown[number]) for number in chosen]
+        decoded = frames_shown_at(source, timeline, wanted, limits, threads)
+        frames = tuple(_picture(frame, aspect, target_size) for frame, aspect in decoded)
+    times = tuple(seconds[number] for number in chosen)
+    return SampledVideo(frames, times, duration, len(seconds), str(source))
 
 
 def video_facts(
-    path: str | Path,
+    source: VideoSource,
     *,
     num_frames: int | None = None,
     fps: float | None = None,
@@ -97,11 +106,26 @@ def video_facts(
     limits: VideoLimits = DEFAULT_LIMITS,
 ) -> VideoFacts:
     """Return what `sample_video` would choose, without decoding; the same errors."""
-    timeline, chosen = _choose(path, num_frames, fps, max_frames, limits)
-    seconds = timeline.seconds
-    return VideoFacts(
-        tuple(seconds[number] for number in chosen), timeline.duration, len(timeline.shown)
-    )
+    check_sampling(num_frames, fps, max_frames)
+    source = with_frames(source)
+    if isinstance(source, FrameFiles):
+        seconds, duration = source.times(limits), len(source.files) / source.rate
+    else:
+        timeline = read_timeline(source, limits)
+        seconds, duration = timeline.seconds, timeline.duration
+    chosen = choose_frames(seconds, num_frames=num_frames, fps=fps, max_frames=max_frames)
+    return VideoFacts(tuple(seconds[number] for number in chosen), duration, len(seconds))
+
+
+def with_frames(source: VideoSource, rate: float = FRAME_RATE) -> VideoSource:
+    """Return a folder as its frames, so many a second; anything else as it is.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return FrameFiles(frames_in(source), rate, str(source))
+    return source
 
 
 def thin(video: SampledVideo, count: int) -> SampledVideo:
@@ -126,19 +150,6 @@ def video_of_frames(frames: Sequence[Image.Image], fps: float = 1.0) -> SampledV
         raise UserError("a video needs at least one frame")
     times = tuple(number / fps for number in range(len(frames)))
     return SampledVideo(tuple(frames), times, len(frames) / fps, len(frames))
-
-
-def _choose(
-    path: str | Path,
-    num_frames: int | None,
-    fps: float | None,
-    max_frames: int | None,
-    limits: VideoLimits,
-) -> tuple[Timeline, list[int]]:
-    check_sampling(num_frames, fps, max_frames)
-    timeline = read_timeline(path, limits)
-    chosen = choose_frames(timeline.seconds, num_frames=num_frames, fps=fps, max_frames=max_frames)
-    return timeline, chosen
 
 
 def _picture(frame: Any, aspect: float, target_size: int | None) -> Image.Image:

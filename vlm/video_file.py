@@ -10,8 +10,9 @@ so one is made only where a keyframe lies between what was decoded last and what
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -23,6 +24,25 @@ from vlm.errors import UserError
 # Formats that hold their pictures themselves. A playlist (HLS, concat, SDP) names other files and
 # addresses, which a file from a stranger must not have opened.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+
+
+@dataclass(frozen=True)
+class VideoBytes:
+    """A video file that lies inside another one.
+
+    Attributes:
+        data: of the file.
+        name: what errors call it.
+    """
+
+    data: bytes = field(repr=False)
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+VideoPath = str | Path | VideoBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +89,13 @@ class Timeline:
         return (self.end - int(self.shown[0])) * float(self.tick)
 
 
-def read_timeline(path: str | Path, limits: VideoLimits) -> Timeline:
+def read_timeline(path: VideoPath, limits: VideoLimits) -> Timeline:
     """Return when the frames of a video are shown; nothing is decoded.
 
     Raises:
         UserError: the file is missing, empty, no video, or more than the limits allow.
     """
-    checked = _Deadline(path, limits)
+    checked = Deadline(path, limits)
     with told(path), open_video(path, limits) as (container, stream):
         shown, keys, end = [], [], None
         for packet in container.demux(stream):
@@ -88,24 +108,17 @@ def read_timeline(path: str | Path, limits: VideoLimits) -> Timeline:
                 keys.append(stamp)
             over = stamp + (packet.duration or 0)
             end = over if end is None else max(end, over)
-            if len(shown) > limits.max_file_frames:
-                raise UserError(
-                    f"video {path} has more than the {limits.max_file_frames:,} frames that are "
-                    "read; cut it",
-                    "video_frames",
-                    path=path,
-                    limit=limits.max_file_frames,
-                )
+            check_count(path, len(shown), limits)
         if end is None:
             raise UserError(f"video {path} holds no frame", "video_no_frame", path=path)
         tick = stream.time_base
         timeline = Timeline(np.unique(shown), np.unique(keys), tick, end)
-    _check_seconds(path, timeline.duration, limits)
+    check_seconds(path, timeline.duration, limits)
     return timeline
 
 
 def frames_shown_at(
-    path: str | Path, timeline: Timeline, wanted: Sequence[int], limits: VideoLimits, threads: int
+    path: VideoPath, timeline: Timeline, wanted: Sequence[int], limits: VideoLimits, threads: int
 ) -> Iterator[tuple[Any, float]]:
     """Yield decoded frames (av.VideoFrame) at some ticks of the timeline, and how wide pixels are.
 
@@ -121,7 +134,7 @@ def frames_shown_at(
     Raises:
         UserError: a frame cannot be decoded.
     """
-    keys, deadline, frame = timeline.keys.tolist(), _Deadline(path, limits), None
+    keys, deadline, frame = timeline.keys.tolist(), Deadline(path, limits), None
     with told(path), open_video(path, limits, threads) as (container, stream):
         decoder, aspect = container.decode(stream), float(stream.sample_aspect_ratio or 1)
         for target in wanted:
@@ -168,19 +181,15 @@ def _with_first(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def open_video(
-    path: str | Path, limits: VideoLimits, threads: int = 1
-) -> Iterator[tuple[Any, Any]]:
+def open_video(path: VideoPath, limits: VideoLimits, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     """Yield (container, stream) of a file whose header was checked.
 
     Raises:
-        UserError: PyAV is not installed, the file is empty or a folder, holds no moving pictures,
-            or its header says that they are more than the limits allow.
+        UserError: PyAV is not installed, the file is empty, holds no moving pictures, or its header
+            says that they are more than the limits allow.
     """
     av = pyav()
-    if Path(path).is_dir():
-        raise UserError(f"video {path} is a folder; give one file")
-    with Path(path).open("rb") as file:
+    with BytesIO(path.data) if isinstance(path, VideoBytes) else Path(path).open("rb") as file:
         if not file.read(1):
             raise UserError(f"video {path} is empty (0 bytes)", "video_empty", path=path)
         file.seek(0)
@@ -205,7 +214,7 @@ def open_video(
                 )
             _check_pixels(path, stream.width or 0, stream.height or 0, limits)
             if stream.duration is not None:
-                _check_seconds(path, float(stream.duration * stream.time_base), limits)
+                check_seconds(path, float(stream.duration * stream.time_base), limits)
             for other in container.streams:
                 if other is not stream:
                     other.discard = av.stream.Discard.all
@@ -232,7 +241,7 @@ def pyav() -> Any:
 
 
 @contextmanager
-def told(path: str | Path) -> Iterator[None]:
+def told(path: VideoPath) -> Iterator[None]:
     """Turn what FFmpeg raises on a file into one sentence.
 
     Raises:
@@ -259,10 +268,10 @@ def told(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-class _Deadline:
-    """Ends work that takes longer than it may."""
+class Deadline:
+    """Ends work that takes longer than it may; `path` is what errors call the video."""
 
-    def __init__(self, path: str | Path, limits: VideoLimits) -> None:
+    def __init__(self, path: object, limits: VideoLimits) -> None:
         self.path, self.limit = path, limits.max_work_seconds
         self.begun = monotonic()
 
@@ -282,7 +291,20 @@ class _Deadline:
             )
 
 
-def _check_seconds(path: str | Path, seconds: float, limits: VideoLimits) -> None:
+def check_count(path: object, frames: int, limits: VideoLimits) -> None:
+    """Refuse more frames than are read; raises UserError."""
+    if frames > limits.max_file_frames:
+        raise UserError(
+            f"video {path} has more than the {limits.max_file_frames:,} frames that are read; "
+            "cut it",
+            "video_frames",
+            path=path,
+            limit=limits.max_file_frames,
+        )
+
+
+def check_seconds(path: object, seconds: float, limits: VideoLimits) -> None:
+    """Refuse a video that is too long; raises UserError."""
     if seconds > limits.max_seconds:
         raise UserError(
             f"video {path} lasts {seconds:,.0f} s, more than the limit of "
@@ -294,7 +316,7 @@ def _check_seconds(path: str | Path, seconds: float, limits: VideoLimits) -> Non
         )
 
 
-def _check_pixels(path: str | Path, width: int, height: int, limits: VideoLimits) -> None:
+def _check_pixels(path: VideoPath, width: int, height: int, limits: VideoLimits) -> None:
     if width * height > limits.max_pixels:
         raise UserError(
             f"video {path} has frames of {width}x{height} = {width * height:,} pixels, more than "

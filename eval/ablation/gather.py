@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from eval.ablation.comparison import columns_of, compare
-from eval.ablation.measure import Picture, Probe, measure
+from eval.ablation.measure import Clip, Medium, Picture, Probe, measure
 from eval.ablation.rows import Row
 from eval.ablation.runs import Run, Scoring, read_json
 from eval.protocols import PROTOCOLS
@@ -19,6 +20,7 @@ from eval.samples import read_answers
 from eval.task import Task
 from vlm.done import write_note
 from vlm.errors import UserError
+from vlm.video import video_facts
 
 Json = dict[str, Any]
 COSTS_FILE = "costs.json"
@@ -165,18 +167,24 @@ def probe_of(task: Task, index: int) -> Probe:
     """Return a question as it is put to the models."""
     example, protocol = task.get_example(index), PROTOCOLS["official"]
     return Probe(
-        images=task.images(index),
+        media=task.media(index),
         messages=task.prompt(example, protocol, blind=False),
         blind_messages=task.prompt(example, protocol, blind=True),
     )
 
 
-def pictures_of(task: Task, indices: Sequence[int]) -> Counter[Picture]:
-    """Return how many pictures of each size the questions have."""
-    found: Counter[Picture] = Counter()
+def pictures_of(task: Task, indices: Sequence[int]) -> Counter[Medium]:
+    """Return how many pictures of each size the questions have, and how often each video."""
+    found: Counter[Medium] = Counter()
     for index in indices:
-        images = task.images(index)
-        found.update(Picture(image.size, len(images)) for image in images)
+        media = task.media(index)
+        siblings = sum(isinstance(each, Image.Image) for each in media)
+        found.update(
+            Picture(each.size, siblings)
+            if isinstance(each, Image.Image)
+            else Clip(video_facts(each).times)
+            for each in media
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""What does each trained model cost for one picture: tokens, arithmetic, time, memory?
+"""What does each trained model cost for one picture or video: tokens, arithmetic, time, memory?
 
 All models are measured in one process on one question, in turns: whatever slows the machine for a
 while hits all of them alike. Arithmetic is what torch's FlopCounterMode
@@ -23,6 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vlm.loading import load_model
+from vlm.video import VideoSource
+from vlm.video_sampling import choose_frames
 
 Json = dict[str, Any]
 WARM_UP = 2  # calls before the first that is timed
@@ -33,7 +35,7 @@ SHARE_OF_MEMORY = 0.5  # of what is free, for the weights of models that are mea
 class Probe:
     """The question that everything is measured on."""
 
-    images: list[Image.Image]
+    media: list[Image.Image | VideoSource]
     messages: list[dict[str, Any]]
     blind_messages: list[dict[str, Any]]
 
@@ -51,17 +53,32 @@ class Picture:
     siblings: int
 
 
+@dataclass(frozen=True)
+class Clip:
+    """Videos of the benchmark that cost the same; `times` are those of all frames, in seconds."""
+
+    times: tuple[float, ...]
+
+
+Medium = Picture | Clip
+
+
 class Subject:
     """A loaded model with the inputs of one question."""
 
     def __init__(self, folder: Path, probe: Probe) -> None:
         self.model, self.processor = load_model(folder)
         self.model.requires_grad_(False)  # FlopCounterMode hooks the gradients of weights passed on
-        self.batch = self._batch(probe.messages, probe.images)
+        self.batch = self._batch(probe.messages, probe.media)
         self.blind = self._batch(probe.blind_messages, [])
 
-    def _batch(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> dict[str, Any]:
-        encoded = self.processor.encode(messages, images, add_generation_prompt=True)
+    def _batch(
+        self, messages: list[dict[str, Any]], media: list[Image.Image | VideoSource]
+    ) -> dict[str, Any]:
+        sample = self.processor.image_processor.sample
+        images = [each for each in media if isinstance(each, Image.Image)]
+        videos = [sample(each) for each in media if not isinstance(each, Image.Image)]
+        encoded = self.processor.encode(messages, images, videos=videos, add_generation_prompt=True)
         batch = self.processor.collate([encoded], padding_side="left")
         return {name: value.to(self.model.device) for name, value in batch.items()}
 
@@ -84,14 +101,14 @@ class Subject:
 
 
 def measure(
-    models: Mapping[str, Path], probe: Probe, pictures: Mapping[Picture, int], rounds: int
+    models: Mapping[str, Path], probe: Probe, pictures: Mapping[Medium, int], rounds: int
 ) -> dict[str, Json]:
     """Return the costs of each model.
 
     Args:
         models: name -> checkpoint folder.
         probe: one question.
-        pictures: how many of each kind the scored questions have.
+        pictures: how many of each kind, and of each video, the scored questions have.
         rounds: how often each is timed.
     """
     costs: dict[str, Json] = {}
@@ -139,11 +156,10 @@ def _milliseconds(function: Callable[[], None]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _fixed_costs(subject: Subject, pictures: Mapping[Picture, int]) -> Json:
+def _fixed_costs(subject: Subject, pictures: Mapping[Medium, int]) -> Json:
     """Return tokens, parameters, arithmetic and memory, which do not vary from call to call."""
     model = subject.model
-    count_tokens = subject.processor.image_processor.num_tokens
-    tokens = sum(count_tokens(kind.size, kind.siblings) * n for kind, n in pictures.items())
+    tokens = sum(_num_tokens(subject, medium) * n for medium, n in pictures.items())
     parts = model.model
     seen = _flops(subject, blind=False)
     total, blind = seen[""], _flops(subject, blind=True)[""]
@@ -160,6 +176,15 @@ def _fixed_costs(subject: Subject, pictures: Mapping[Picture, int]) -> Json:
         "prompt_tokens": int(subject.blind["input_ids"].shape[1]),
         "prefill_peak_mb": _peak_bytes(subject) / 1e6,
     }
+
+
+def _num_tokens(subject: Subject, medium: Medium) -> int:
+    """Return the image tokens of a picture or a video; no frame of it is decoded."""
+    processor = subject.processor.image_processor
+    if isinstance(medium, Picture):
+        return processor.num_tokens(medium.size, medium.siblings)
+    frames = choose_frames(medium.times, **processor.video_config.sampling())
+    return processor.num_tokens_of_grid((1, 1), (0, len(frames)))
 
 
 def _count(module: torch.nn.Module) -> int:

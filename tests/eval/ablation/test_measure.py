@@ -14,7 +14,7 @@ def costs(make_model, make_image, tmp_path):
         model, processor = make_model(**choices)
         model.save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)
-        probe = Probe(images=[make_image()], messages=SEEN, blind_messages=TEXT)
+        probe = Probe(media=[make_image()], messages=SEEN, blind_messages=TEXT)
         pictures = {Picture((48, 40), 1): 3, Picture((96, 40), 1): 1}
         return model, measure({"a": tmp_path, "b": tmp_path}, probe, pictures, rounds=2)
 

@@ -12,6 +12,7 @@ from eval.runner import RunPlan
 from eval.settings import AnswerSettings
 from eval.tasks import TASKS
 from vlm.errors import UserError
+from vlm.video import video_facts
 
 VideoChoice = TASKS["video_choice"]
 
@@ -63,4 +64,40 @@ def test_a_whole_run(data, tiny_vlm, tmp_path):
 def test_rows_without_a_video_are_told(tmp_path):
     pq.write_table(pa.Table.from_pylist([row(0, "")]), tmp_path / "t.parquet")
     with pytest.raises(UserError, match="row 0: no video"):
-        VideoChoice.open([tmp_path / "t.parquet"]).media(0)
+        VideoChoice.open([tmp_path / "t.parquet"])
+    pq.write_table(pa.Table.from_pylist([row(0, "gone.mp4")]), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"row 0: video .*gone\.mp4: No such file"):
+        VideoChoice.open([tmp_path / "t.parquet"])
+
+
+def test_clips_are_data_whose_change_is_noticed(data, make_clip):
+    def fingerprint():
+        return [file.sha256 for file in VideoChoice.open([data]).files]
+
+    before = fingerprint()
+    assert len(before) == 2 and VideoChoice.open([data]).files[1].rows == 1
+    assert fingerprint() == before
+    make_clip(data.parent / "clips/a.mp4", num_frames=11)
+    table, clips = fingerprint()
+    assert table == before[0] and clips != before[1]
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "folder", "list"])
+def test_clips_may_lie_inside_or_be_frames(form, data, make_image):
+    clip, folder = data.parent / "clips/a.mp4", data.parent / "frames"
+    folder.mkdir()
+    for number in range(3):
+        make_image(48, 40, number).save(folder / f"{number}.png")
+    stored = {
+        "bytes": clip.read_bytes(),
+        "struct": {"bytes": clip.read_bytes(), "path": "a.mp4"},
+        "folder": "frames/",
+        "list": ["frames/2.png", "frames/0.png"],
+    }[form]
+    pq.write_table(pa.Table.from_pylist([row(0, stored)]), data)
+    task = VideoChoice.open([data])
+    frames = {"bytes": 12, "struct": 12, "folder": 3, "list": 2}[form]
+    (source,) = task.media(0)
+    assert video_facts(source).num_file_frames == frames
+    assert task.images(0)[0].height == (48 if frames == 12 else 40)
+    assert len(task.files) == (1 if frames == 12 else 2)
