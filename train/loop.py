@@ -15,6 +15,7 @@ from train.benchmark import Benchmark, failed_steps
 from train.callbacks import JsonLog, LogWithCheckpoint, ProgressLine, StopCleanly, read_log
 from train.checkpoints import copy_model, full_disk_told, newest, step_of
 from train.data import SkipNotes, dataset_of
+from train.engine import whole_models
 from train.folders import flush_files
 from train.freeze import Group
 from train.manifest import StageManifest
@@ -53,7 +54,8 @@ def make_trainer(
         callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
     starts = (0, *(change.at_step for change in stage.changes))
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    meter = make_meter(parts.model, groups, starts, stage.adapter, arguments.device, dtype)
+    with whole_models(arguments):
+        meter = make_meter(parts.model, groups, starts, stage.adapter, arguments.device, dtype)
     if meter.why:
         say(f"MFU is not told: {meter.why}")
     trainer = parts.trainer(

@@ -2,7 +2,8 @@
 
 FSDP2: weights as every checkpoint has them, the optimizer's state by parameter names in
 `optimizer.bin`, so any number of processes can go on. accelerate's own way would add a pickle of
-the weights. DeepSpeed keeps a file of each process, `global_step<n>/`, beside the whole weights.
+the weights. DeepSpeed keeps a file of each process, `global_step<n>/`, beside the whole weights;
+`train.zero_states` lets another number of them go on.
 """
 
 from collections.abc import Mapping
@@ -52,8 +53,7 @@ def check_ranks(
         arguments: of the stage now.
 
     Raises:
-        UserError: a step would take another number of records, or DeepSpeed's files are of another
-            number of processes.
+        UserError: a step would take another number of records.
     """
     then, now = before.get("step_of"), step_of_records(arguments)
     same = then is None or then["records"] == now["records"]
@@ -65,13 +65,6 @@ def check_ranks(
             f"{checkpoint} was written with {then['records']} records a step, but now it would be "
             f"{now['records']} ({arguments.world_size} processes); change "
             "per_device_train_batch_size or gradient_accumulation_steps so that they are as many"
-        )
-    wrote = len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
-    if wrote not in (0, arguments.world_size):
-        raise UserError(
-            f"{checkpoint} holds DeepSpeed's states of {wrote} processes, which {wrote} alone can "
-            f"go on from, not {arguments.world_size}; start as many, or train the stage anew from "
-            "the weights there (model.checkpoint)"
         )
 
 

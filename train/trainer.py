@@ -22,7 +22,7 @@ from data_recipes.dataset import ConversationDataset, Skipped
 from train.averages import WeightAverage
 from train.callbacks import KeepAverage
 from train.checkpoints import PREFIX, RECIPE, full_disk_told, prune, seal
-from train.engine import Engine, check_engine, shard_on_cpus
+from train.engine import Engine, check_engine, set_up_fsdp
 from train.freeze import Group, optimizer_groups
 from train.measures import Window
 from train.mfu import Meter
@@ -31,6 +31,7 @@ from train.packing import Packing
 from train.phases import PhaseSwitch, follow_phases
 from train.sharded_state import save_fsdp_states, settled
 from train.spikes import SpikeGuard
+from train.zero_states import load_states, state_files
 from vlm.errors import UserError
 
 NOTHING = 10  # steps without anything to learn, at the start, that stop a stage
@@ -134,13 +135,22 @@ class VlmTrainer(SealingTrainer):
         self.idle_steps: int | None = 0  # from the first on; None: one had something to learn
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator, which shards on CPUs, too."""
+        """Make the accelerator, which shards on CPUs, too, and adds up in float32."""
         super().create_accelerator_and_postprocess()
-        shard_on_cpus(self)
+        set_up_fsdp(self)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
         """Wrap the model and load the checkpoint's state, then see what runs it."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        checkpoint = Path(resume_from_checkpoint or "")
+        wrote = len(state_files(checkpoint)) if resume_from_checkpoint else 0
+        others = wrote not in (0, self.args.world_size)  # wrote what DeepSpeed refuses to read
+        own = None if others else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, own)
+        if others:
+            load_states(self.model_wrapped, checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)  # the schedule is left
         self.on_engine(check_engine(self))
         return prepared
 

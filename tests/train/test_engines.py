@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import ProcessRaisedException
 from transformers import AutoModelForImageTextToText
 
 from train.callbacks import read_log
 from train.engine import LEVELS
+from train.mfu import Meter
 from vlm.cli import main
+from vlm.loading import load_model
 
 STAGES = ("align", "instruct")
+DORA = {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.0, "dora": True}
 
 
 def losses(folder, stage):
@@ -23,11 +25,18 @@ def engine(folder, stage):
     return json.loads((folder / stage / "manifest.json").read_text())["engine"]
 
 
-def words_for(recipe, folder, size, **training):
-    """Return what `vlm train` is told: the same in both stages."""
+def words_for(recipe, folder, size, stages=STAGES, **training):
+    """Return what `vlm train` is told: the same in all stages."""
     training = {"per_device_train_batch_size": size, **training}
-    pairs = [(f"--stages.{s}.training.{k}", str(v)) for s in STAGES for k, v in training.items()]
+    pairs = [(f"--stages.{s}.training.{k}", str(v)) for s in stages for k, v in training.items()]
     return [recipe, "--output_dir", str(folder), *(word for pair in pairs for word in pair)]
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch):
+    """Draw no plots and count no operations, which take a third of such short stages."""
+    monkeypatch.setattr("train.loop.draw_loss", lambda *_: None)
+    monkeypatch.setattr("train.loop.make_meter", lambda *_: Meter(None))
 
 
 @pytest.fixture
@@ -37,6 +46,22 @@ def recipe(tree, write_recipe):
         if torch.accelerator.is_available():
             stage["training"]["use_cpu"] = True
     return str(write_recipe(tree))
+
+
+@pytest.fixture
+def adapting(tree, tmp_path, make_language_model, make_tokenizer):
+    """The recipe with tied words: they learn in full, then an adapter does beside them."""
+    make_language_model(tied=True).save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    tree["model"]["language_model"] = str(tmp_path / "tied")
+    full = tree["stages"][1]
+    full |= {"name": "full"}
+    full["training"] |= {"max_steps": 3, "save_steps": 1, "save_total_limit": 9, "use_cpu": True}
+    full["training"]["weight_decay"] = 0.1
+    adapt = {**full, "name": "adapt", "adapter": dict(DORA)}
+    adapt["trainable"] = {"connector": 1e-3, "language_model": 5e-3}
+    tree["stages"] = [full, adapt]
+    return tree
 
 
 def check_same(folder, one, name):
@@ -52,13 +77,14 @@ def check_same(folder, one, name):
     )
 
 
-def cut_short(folder, name):
-    """Return a copy of a run whose last stage was killed after its first checkpoint."""
+def cut_short(folder, name, stage=STAGES[-1], step=3):
+    """Return a copy of a run one of whose stages was killed after the checkpoint of a step."""
     copy = folder.with_name(name)
     shutil.copytree(folder, copy)
-    note = copy / STAGES[-1] / "manifest.json"
+    note = copy / stage / "manifest.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "status": "running"}))
-    shutil.rmtree(copy / STAGES[-1] / "checkpoints" / "checkpoint-4")
+    for later in range(step + 1, 5):
+        shutil.rmtree(copy / stage / "checkpoints" / f"checkpoint-{later}", ignore_errors=True)
     return copy
 
 
@@ -73,36 +99,61 @@ def test_two_ranks_learn_what_one_learns_and_go_on_as_one_and_back(
     on_ranks(*jobs, words_for(recipe, back, 2))
     assert engine(back, STAGES[-1])["name"] == "DDP"
     assert losses(back, STAGES[-1]) == pytest.approx(losses(one, STAGES[-1]), abs=1e-4)
-    for name, how in ways.items():
+    for name in ways:
         check_same(tmp_path / name, one, name)
-        alone = cut_short(tmp_path / name, f"{name} alone")
-        if name == "DDP":
-            assert main(["train", *words_for(recipe, alone, 2)]) == 2
-            assert "with 4 records a step, but now it would be 2" in capsys.readouterr().err
-            assert main(["train", *words_for(recipe, alone, 4)]) == 0
-        else:
-            on_ranks(words_for(recipe, alone, 4, **how), ranks=1)
-        assert losses(alone, STAGES[-1]) == pytest.approx(losses(one, STAGES[-1]), abs=1e-4)
+    alone = {name: cut_short(tmp_path / name, f"{name} alone") for name in ways}
+    assert main(["train", *words_for(recipe, alone["DDP"], 2)]) == 2
+    assert "with 4 records a step, but now it would be 2" in capsys.readouterr().err
+    on_ranks(*(words_for(recipe, f, 4, **ways[name]) for name, f in alone.items()), ranks=1)
+    for name, folder in alone.items():
+        assert engine(folder, STAGES[-1])["processes"] == 1
+        assert losses(folder, STAGES[-1]) == pytest.approx(losses(one, STAGES[-1]), abs=1e-4), name
 
 
 @pytest.mark.slow
-def test_deepspeed_on_two_ranks_learns_what_one_learns(recipe, tmp_path, on_ranks, monkeypatch):
+def test_tied_words_and_adapters_on_every_engine_and_other_numbers_of_ranks(
+    adapting, write_recipe, tmp_path, on_ranks, monkeypatch, capsys
+):
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
-    assert main(["train", *words_for(recipe, tmp_path / "one", 4)]) == 0
-    jobs = [words_for(recipe, tmp_path / level, 2, deepspeed=level) for level in LEVELS]
-    on_ranks(*jobs, timeout=400)
-    again = [cut_short(tmp_path / level, f"{level} again") for level in ("zero2", "zero3")]
-    jobs = [words_for(recipe, f, 2, deepspeed=f.name.split()[0]) for f in again]
-    on_ranks(*jobs, timeout=200)
-    for folder in again:
-        expected = losses(tmp_path / "one", STAGES[-1])
-        assert losses(folder, STAGES[-1]) == pytest.approx(expected, abs=1e-4)
-    alone = cut_short(tmp_path / "zero2", "alone")
-    with pytest.raises(ProcessRaisedException, match="AssertionError"):
-        on_ranks(words_for(recipe, alone, 4, deepspeed="zero2"), ranks=1)
-    for level in LEVELS:
-        name, _, host = level.replace("zero", "ZeRO-").partition("_")
-        check_same(tmp_path / level, tmp_path / "one", name)
-        assert bool(engine(tmp_path / level, "align")["offload"]) == bool(host)
+    recipe, one, both = str(write_recipe(adapting)), tmp_path / "one", ("full", "adapt")
+
+    def words(folder, size, *stage):
+        name = folder.name.split()[0]
+        how = {"fsdp": "true"} if name == "FSDP2" else {"deepspeed": name}
+        return [*words_for(recipe, folder, size, both, **how), *stage]
+
+    assert main(["train", *words_for(recipe, one, 4, both)]) == 0
+    ends = {"zero1": "full", "zero2": "adapt", "zero2_offload": "full", "zero3": "adapt"}
+    ends |= {"zero3_offload": "full", "FSDP2": "adapt"}
+    assert ends.keys() == {*LEVELS, "FSDP2"}
+    plain = {n: ("--stage", "full") if end == "full" else () for n, end in ends.items()}
+    on_ranks(*(words(tmp_path / n, 2, *plain[n]) for n in ends), timeout=400)
+    for name, end in ends.items():
+        folder = tmp_path / name
+        for stage in both[: both.index(end) + 1]:
+            assert engine(folder, stage)["processes"] == 2
+            expected = pytest.approx(losses(one, stage), abs=1e-4)
+            assert losses(folder, stage) == expected, (name, stage)
+        level, _, host = name.replace("zero", "ZeRO-").partition("_")
+        assert engine(folder, end)["name"] == level
+        assert bool(engine(folder, end)["offload"]) == bool(host)
+        own, other = (load_model(f / end, merged=end == "adapt")[0] for f in (folder, one))
+        states = dict(own.state_dict()), dict(other.state_dict())
+        torch.testing.assert_close(*states, rtol=0, atol=1e-4)
     assert torch.accelerator.is_available() or not (tmp_path / "compiled").exists()
+
+    moved = {name: ends[name] for name in ("zero1", "zero2_offload", "zero3", "zero3_offload")}
+    alone = {n: cut_short(tmp_path / n, f"{n} alone", at, 1) for n, at in moved.items()}
+    on_ranks(*(words(f, 4, "--stage", moved[n]) for n, f in alone.items()), ranks=1)
+    back = {n: cut_short(alone[n], f"{n} back", at, 2) for n, at in moved.items()}
+    on_ranks(*(words(f, 2, "--stage", moved[n]) for n, f in back.items()))
+    for name, stage in moved.items():
+        for folder in (alone[name], back[name]):
+            found = losses(folder, stage)
+            assert found == pytest.approx(losses(tmp_path / name, stage), abs=1e-5), folder.name
+
+    folder = str(tmp_path / "zero3" / "adapt")
+    assert main(["merge", folder, "--out", str(tmp_path / "merged")]) == 0
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert main(["chat", folder, "--prompt", "What?"]) == 0

@@ -355,7 +355,7 @@ def test_two_ranks_with_pieces_of_the_weights_step_as_one(engine, make, rows, tm
     """
     if engine == "ZeRO-3":
         deepspeed = pytest.importorskip("deepspeed")
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes
+        deepspeed.ops.__compatible_ops__ = {}  # it would compile one for minutes
     every = engine != "ZeRO-3" or "EVERY_CONNECTOR" in os.environ
     cases, expected = {}, {}
     for name in CHAINS if every else ON_ZERO3:
