@@ -8,6 +8,10 @@ import gradio as gr
 from demo.handlers import idle_box
 from demo.page_parts import AT_ONCE, Page
 
+# Models look at frames of a few hundred pixels; a camera's largest would fill the upload's limit in
+# a minute. Without `audio` a browser would ask for the microphone too.
+FILM = {"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}, "audio": False}
+
 
 def mount_camera(page: Page) -> None:
     """Add the button "Camera" to the bar, and the camera above the question box."""
@@ -30,8 +34,8 @@ def mount_camera(page: Page) -> None:
             gr.Video,
             {"label": "film"},
             sources=["webcam"],
-            include_audio=False,
-            webcam_options=gr.WebcamOptions(mirror=False),
+            include_audio=True,  # or gradio takes it out by ffmpeg, a program that may not be there
+            webcam_options=gr.WebcamOptions(mirror=False, constraints=FILM),
             height=280,
             elem_id="film",
         )

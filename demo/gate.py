@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from demo.limits import Limits
+from demo.told import is_disk_full
 from demo.visitors import Rates, address_of, is_logged_in, new_cookie, visitor_of
 from demo.wording import language_of, say
 
@@ -168,7 +169,12 @@ class Gate:
             return
         if path == JOIN:
             send = _told_when_full(send, headers)
-        await self.app(scope, receive, send)
+        try:
+            await self.app(scope, receive, send)
+        except OSError as error:
+            if path != UPLOAD or not is_disk_full(error):
+                raise
+            await _answer(refuse(507, "disk_full"), headers)(scope, receive, send)
 
     def _check_amount(self, scope: Scope, headers: Headers) -> Refusal | None:
         path = scope["path"].rstrip("/")

@@ -5,7 +5,7 @@ shows it at once, `answer` lets the model speak. What fails in the second goes b
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -49,38 +49,58 @@ class Handlers:
         Raises:
             UserError: it is empty or too long, or a file cannot be taken; nothing is kept.
         """
-        words, limits = language(request), self.served.limits
+        words = language(request)
         talk = self.open_talk(talk, request)
-        if talk.question is not None or talk.answering:
-            raise UserError(say(words, "still_answering"))
-        text = question["text"].strip()
-        if not text:
-            raise UserError(say(words, "no_question"))
-        if len(text) > limits.max_question:
-            raise UserError(say(words, "question_too_long", limit=limits.max_question))
+        text, system = question["text"].strip(), (system or "").strip()
         files = [Path(path) for path in question["files"]]
-        ours = (self.served.folder, FOLDER)
-        if not all(any(path.resolve().is_relative_to(top) for top in ours) for path in files):
-            raise UserError(say(words, "foreign_file"))
-        system = (system or "").strip()
-        if len(system) > limits.max_question and not talk.chat.messages:
-            raise UserError(say(words, "system_too_long", limit=limits.max_question))
-        if talk.num_pictures() + len(files) > limits.max_pictures:
-            raise UserError(say(words, "too_many_pictures", limit=limits.max_pictures))
-        before = talk.chat.waiting
-        talk.chat.waiting = []
-        try:
-            for path in files:
-                self._take(path, talk, words)
-        except BaseException:
-            talk.chat.waiting = before
-            raise
+        self._check(text, files, "" if talk.chat.messages else system, talk, words)
+        self._take(files, talk, words)
         if not talk.chat.messages:
             waiting, talk.chat.system = talk.chat.waiting, system or None
             talk.chat.clear()
             talk.chat.waiting = waiting
         talk.put(text)
+        talk.tidy()
         return talk, shown(talk, words), busy_box()
+
+    def _check(self, text: str, files: Sequence[Path], system: str, talk: Talk, words: str) -> None:
+        """Refuse what cannot be asked, whatever the files hold.
+
+        Raises:
+            UserError: always with the limit.
+        """
+        limits = self.served.limits
+        if talk.question is not None or talk.answering:
+            raise UserError(say(words, "still_answering"))
+        if not text:
+            raise UserError(say(words, "no_question"))
+        if len(text) > limits.max_question:
+            raise UserError(say(words, "question_too_long", limit=limits.max_question))
+        if len(system) > limits.max_question:
+            raise UserError(say(words, "system_too_long", limit=limits.max_question))
+        ours = (self.served.folder, FOLDER)
+        if not all(any(path.resolve().is_relative_to(top) for top in ours) for path in files):
+            raise UserError(say(words, "foreign_file"))
+        if talk.num_pictures() + len(files) > limits.max_pictures:
+            raise UserError(say(words, "too_many_pictures", limit=limits.max_pictures))
+
+    def _take(self, files: Sequence[Path], talk: Talk, words: str) -> None:
+        """Let files, and no others, wait for the next question.
+
+        Raises:
+            UserError: one is neither a picture nor a video, or exceeds a limit; none is kept.
+        """
+        before, talk.chat.waiting = talk.chat.waiting, []
+        limits = self.served.limits
+        try:
+            for path in files:
+                kept = keep_file(path, path.name, talk.chat, talk.folder, limits, words)
+                talk.chat.waiting.append(kept)
+        except BaseException:
+            for name, _ in talk.chat.waiting:
+                Path(name).unlink()
+            talk.chat.waiting = before
+            raise
 
     def open_talk(self, talk: Talk | None, request: gr.Request) -> Talk:
         """Return the visitor's conversation, a new one if there is none.
@@ -100,15 +120,6 @@ class Handlers:
         sample = SAMPLES[clicked.index]
         question = {"text": sample.question, "files": [str(sample.path)]}
         return self._post(question, system, talk, request)
-
-    def _take(self, path: Path, talk: Talk, words: str) -> None:
-        """Let a file wait for the next question.
-
-        Raises:
-            UserError: it is neither a picture nor a video, or exceeds a limit.
-        """
-        kept = keep_file(path, path.name, talk.chat, talk.folder, self.served.limits, words)
-        talk.chat.waiting.append(kept)
 
     def _answer(
         self,
@@ -204,7 +215,8 @@ class Handlers:
             talk.stop()
             talk.chat.clear()
             talk.chat.messages = []
-            talk.question = None
+            talk.question = talk.asked = None
+            talk.tidy()
         return talk, _messages(talk, request), idle_box("", [])
 
 

@@ -1,5 +1,6 @@
 // What gradio's page lacks: alternative texts of pictures in the conversation, a name of the settings'
-// button, Esc to stop a reply, and tags copied as they were written (demo/as_written.py).
+// button, Esc to stop a reply, tags copied as they were written (demo/as_written.py), and files that
+// are dropped or pasted anywhere: without it a browser opens a dropped file in place of the page.
 () => {
   const chinese = navigator.language.toLowerCase().startsWith("zh");
   document.documentElement.lang = chinese ? "zh" : "en";
@@ -28,6 +29,17 @@
     event.clipboardData.setData("text/plain", written(text));
     event.preventDefault();
   });
+  const toBox = (event, key) => {
+    if (!event[key]?.files.length || event.target.closest?.("#box")) return;
+    event.preventDefault();
+    const files = new DataTransfer();
+    for (const file of event[key].files) files.items.add(file);
+    const again = new event.constructor(event.type, { [key]: files, bubbles: true, cancelable: true });
+    document.querySelector("#box textarea")?.dispatchEvent(again);
+  };
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => toBox(event, "dataTransfer"));
+  document.addEventListener("paste", (event) => toBox(event, "clipboardData"));
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") document.querySelector("#box .stop-button")?.click();
   });

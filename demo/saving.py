@@ -52,9 +52,11 @@ def mount_saving(page: Page, handlers: Handlers, second: gr.Chatbot | None) -> N
         system = gr.update(value=restored.system or "")
         opened = [talk, shown(talk, words), idle_box("", []), system]
         other = page.served.other
+        if other is not None:
+            restore(other, talk, restored.second)
+        talk.tidy()
         if other is None:
             return opened
-        restore(other, talk, restored.second)
         return [*opened, shown(talk.beside, words) if talk.beside else []]
 
     save.click(told(write), page.talk, saved, **AT_ONCE).success(None, None, None, js=SAVE)

@@ -1,11 +1,12 @@
 """How is the page served, so that no request leaves the machine and no other file is given out?"""
 
+import io
 import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 # Read by gradio when it is imported, or when blocks are built.
 OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
+NO_TUNNEL = (
+    "--share: no tunnel could be opened through the server of Gradio's company, so there is no "
+    "public address; see that this machine reaches the internet, or leave --share out"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,9 @@ def serving(
     """Serve a model, or two side by side, while the block runs; yield the page's URL.
 
     Uploads and pictures lie in a folder of the server's own, which goes when it ends.
+
+    Raises:
+        UserError: the port is taken, or there is no public address for who wants one.
     """
     folder = Path(tempfile.mkdtemp(prefix="vlm-demo-")).resolve()
     before = os.environ.copy()
@@ -63,27 +71,30 @@ def serving(
     try:
         if address.port is not None:
             _check_free(address.host, address.port)
-        _, url, _ = blocks.launch(
-            server_name=address.host,
-            server_port=address.port,
-            auth=address.auth,
-            share=address.share,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=False,
-            inbrowser=False,
-            max_file_size=limits.max_file_bytes,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            app_kwargs={"middleware": [Middleware(Gate, limits, folder, local)]},
-            css=CSS,
-            js=SCRIPT,
-            theme=_theme(),
-        )
+        with redirect_stdout(io.StringIO()):  # what gradio tells of a tunnel, over several lines
+            _, url, _ = blocks.launch(
+                server_name=address.host,
+                server_port=address.port,
+                auth=address.auth,
+                share=address.share,
+                prevent_thread_lock=True,
+                quiet=True,
+                show_error=False,
+                inbrowser=False,
+                max_file_size=limits.max_file_bytes,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                app_kwargs={"middleware": [Middleware(Gate, limits, folder, local)]},
+                css=CSS,
+                js=SCRIPT,
+                theme=_theme(),
+            )
+        if address.share and blocks.share_url is None:
+            raise UserError(NO_TUNNEL)
         yield blocks.share_url or url
     finally:
         served.talks.stop_all()

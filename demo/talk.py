@@ -70,6 +70,14 @@ class Talk:
         if self.beside is not None:
             self.beside.stop()
 
+    def tidy(self) -> None:
+        """Remove files that neither conversation has, zips too; the question box must be empty."""
+        chats = [self.chat, *([self.beside.chat] if self.beside else [])]
+        kept = {Path(path).stem for chat in chats for path, _ in [*chat.images, *chat.waiting]}
+        for file in self.folder.iterdir():
+            if file.stem.removeprefix("strip-").partition("-")[0] not in kept:
+                file.unlink(missing_ok=True)
+
     @property
     def is_busy(self) -> bool:
         """Whether a question waits for its reply, or a model speaks."""

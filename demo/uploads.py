@@ -3,6 +3,8 @@
 import secrets
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -65,7 +67,8 @@ def keep_picture(
         raise no_picture from error
     small = picture.width * picture.height <= LOSSLESS_PIXELS or max(picture.size) > LONGEST_JPEG
     path = folder / f"{secrets.token_hex(8)}.{'png' if small else 'jpg'}"
-    picture.save(path, quality=95, compress_level=1)  # of PNG: three times as fast, a bit larger
+    with _whole_or_gone(path):  # of PNG this level is three times as fast, its files a bit larger
+        picture.save(path, quality=95, compress_level=1)
     return str(path), picture if small else load_image(path)
 
 
@@ -85,18 +88,28 @@ def keep_video(
     if source.stat().st_size > limits.max_file_bytes:
         raise UserError(say(language, "file_too_large", name=name, limit=limits.max_file_mb))
     path = folder / f"{secrets.token_hex(8)}{Path(name).suffix.lower()}"
-    shutil.copyfile(source, path)
     checks = VideoLimits(
         max_seconds=limits.max_video_seconds,
         max_pixels=limits.max_pixels,
         max_work_seconds=MAX_WORK_SECONDS,
     )
     try:
-        chat.add_video(path, limits=checks)
+        with _whole_or_gone(path):
+            shutil.copyfile(source, path)
+            chat.add_video(path, limits=checks)
     except UserError as error:
-        path.unlink()
         raise UserError(reason(error, language, path=name).replace(str(path), name)) from error
     return chat.waiting.pop()
+
+
+@contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """Leave nothing of a file that could not be written, or is not wanted."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _num_pixels(source: Path) -> float | None:

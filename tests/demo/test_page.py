@@ -158,10 +158,22 @@ def test_two_visitors_do_not_see_each_other(demo, open_page):
     second.get_by_text("well").wait_for()
     assert second.get_by_text("I am the first.").count() == 0
     settled(first)
+    # One speaks while the other waits; the first is stopped, and the second alone goes on.
+    demo.voice.say("ab ", seconds=0.02)
     ask(first, "And now?")
-    first.get_by_text("well").wait_for()
+    first.locator(BOT).nth(1).wait_for()
+    ask(second, "And I?")
+    second.get_by_text("And I?").wait_for()
     assert first.get_by_text("I am the second.").count() == 0
-    assert first.locator(BOT).count() == 2
+    assert second.locator(BOT).count() == 1
+    first.press("#box textarea", "Escape")
+    settled(first)
+    said = first.locator(BOT).nth(1).inner_text()
+    second.locator(BOT).nth(1).wait_for()
+    assert second.locator("#box .stop-button").is_visible()
+    assert first.locator(BOT).nth(1).inner_text() == said and said.startswith("ab ")
+    second.press("#box textarea", "Escape")
+    settled(second)
 
 
 def test_a_refused_file_is_told_and_the_question_stays(demo, open_page, pictures, tmp_path):

@@ -35,6 +35,18 @@ def test_a_taken_port_is_told(model_folder: Path, capsys):
     assert "cannot be used" in capsys.readouterr().err
 
 
+def test_no_tunnel_is_told_in_one_sentence(model_folder: Path, monkeypatch, capsys):
+    """As offline; gradio itself would print several lines and serve the page without."""
+
+    def offline(**options: object) -> None:
+        raise RuntimeError("Could not get share link from Gradio API Server.")
+
+    monkeypatch.setattr("gradio.networking.setup_tunnel", offline)
+    assert main(["demo", str(model_folder), "--share"]) == 2
+    told = capsys.readouterr()
+    assert "--share: no tunnel could be opened" in told.err and told.out == ""
+
+
 def test_the_command_serves_until_it_is_stopped(model_folder: Path, monkeypatch, capsys):
     asked = []
 
