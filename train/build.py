@@ -83,13 +83,14 @@ def _look_otherwise(recipe: Recipe, model: Any, processor: Any) -> bool:
     from vlm.long_context import scale_positions
     from vlm.video_layout import parse_video
 
-    video, factor = recipe.model.video, recipe.model.rope_factor
-    if video is not None:
-        model.model.set_video(parse_video(video))
+    factor, known = recipe.model.rope_factor, model.model.video
+    video = known if recipe.model.video is None else parse_video(recipe.model.video)
+    if video != known:
+        model.model.set_video(video)
         processor.image_processor.set_video(model.config.video)
     if factor is not None:
         scale_positions(model.model.language_model, factor)
-    return video is not None or factor is not None
+    return video != known or factor is not None
 
 
 def check_context(stage: StageRecipe, model: Any) -> None:
