@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm.errors import UserError
+from vlm.hub import check_reach
 
 # As the tokenizers of Llama, Vicuna, Qwen, InternLM, Phi, Gemma, Mistral and GPT-2 write theirs.
 USUAL = re.compile(
@@ -26,6 +27,7 @@ def special_tokens_of(model: str) -> re.Pattern[str]:
     from transformers import AutoTokenizer
 
     try:
+        check_reach(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {model}: no tokenizer can be loaded from there") from error

@@ -13,7 +13,6 @@ import argparse
 import difflib
 import errno
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -118,8 +117,6 @@ def _run(argv: Sequence[str]) -> int:
             "vlm", f"unknown command {name!r}{hint}; choose from {', '.join(COMMANDS)}"
         )
     program = f"vlm {name}"
-    # It would advise, whenever peft imports it, a package that nobody asked for.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         module = importlib.import_module(COMMANDS[name].module)
         return module.run(_parse(program, module, chosen.arguments))

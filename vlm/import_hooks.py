@@ -1,9 +1,11 @@
 """How does the torchvision fix come before torchvision, whoever imports it first?
 
 transformers imports torchvision deep inside its own lazy imports, so no order of our imports would
-be safe. A finder that is asked first sees the moment, applies the fix and steps aside.
+be safe. A finder that is asked first sees the moment, applies the fix and steps aside. In the same
+way, and as early, bitsandbytes is kept from advising a package that nobody asked for.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -27,6 +29,7 @@ class BeforeTorchvision(MetaPathFinder):
 
 def install() -> None:
     """Put the finder first, unless torchvision is there already or one is waiting."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     waiting = any(isinstance(finder, BeforeTorchvision) for finder in sys.meta_path)
     if "torchvision" not in sys.modules and not waiting:
         sys.meta_path.insert(0, BeforeTorchvision())

@@ -25,6 +25,7 @@ from vlm.configuration import VlmConfig
 from vlm.encoders import load_vision_encoder
 from vlm.encoders.base import VisionEncoder
 from vlm.errors import UserError
+from vlm.hub import check_reach
 from vlm.image_processing import VlmImageProcessor
 from vlm.internlm2 import is_internlm2, load_internlm2
 from vlm.long_context import scale_positions
@@ -182,6 +183,7 @@ def check_checkpoint(source: str | Path) -> None:
         if not any(path.glob("*.safetensors")):
             raise UserError(f"{source} is no complete checkpoint: it has no *.safetensors file")
     try:
+        check_reach(source)
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         if path.is_dir():
@@ -299,6 +301,7 @@ def _load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model and, if none is given, its tokenizer."""
     try:
+        check_reach(source)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
         if is_internlm2(source):
             return load_internlm2(source), tokenizer

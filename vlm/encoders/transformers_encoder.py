@@ -30,6 +30,7 @@ from vlm.encoders.base import (
     missing_weights,
 )
 from vlm.errors import UserError
+from vlm.hub import check_reach
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ def _read_architecture(source: str | None) -> dict[str, Any]:
     if source is None:
         raise UserError("vision encoder 'transformers' needs a 'source' or an 'architecture'")
     try:
+        check_reach(source)
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise _unreadable(source, error) from error
