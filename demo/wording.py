@@ -47,7 +47,6 @@ ENGLISH: Mapping[str, str] = {
     "place_in_time": "{place}, at {seconds} s",
     "frames_caption": "{frames} frames, each {rows} × {cols} tokens: {tokens} tokens in all.",
     "frames_alt": "The {frames} frames of video {number} that the model sees, with their times.",
-    "no_boxes_on_videos": "Boxes are drawn on pictures, not on videos.",
     "no_places": "This model's connector keeps no places: each of its tokens may read the whole "
     "picture, so attention to them cannot be drawn on it.",
     "recurrent": "This model's language model is recurrent: it has no attention to draw.",
@@ -71,7 +70,11 @@ ENGLISH: Mapping[str, str] = {
     "tiles_ends": "Orange tokens end rows.",
     "tiles_alt": "Picture {number} cut into {rows} × {cols} tiles, and the tokens they become.",
     "no_boxes": "The answer names no boxes.",
-    "boxes_alt": "Picture {number} with the boxes of the answer: {names}.",
+    "picture_number": "Picture {number}",
+    "frame_of_video": "Video {number} at {seconds} s",
+    "boxes_without_time": "The answer names boxes without a time, such as “at 1.5 s”, or with one "
+    "that the video does not have: there is no frame to draw them on.",
+    "boxes_alt": "{where} with the boxes of the answer: {names}.",
     "boxes_padded": "Counted on the padded square that the model sees.",
     "fault_count": "{text} is no box: it needs four numbers.",
     "fault_range": "{text} is no box: its numbers are outside of the picture.",
@@ -178,7 +181,6 @@ CHINESE: Mapping[str, str] = {
     "place_in_time": "{seconds} 秒时{place}",
     "frames_caption": "{frames} 帧，每帧 {rows} × {cols} 个词元：共 {tokens} 个词元。",
     "frames_alt": "模型所见的视频 {number} 的 {frames} 帧及其时间。",
-    "no_boxes_on_videos": "方框只画在图片上，不画在视频上。",
     "no_places": "此模型的连接器不保留位置："
     "它的每个词元都可能读取整张图片，因此无法画出对它们的注意力。",
     "recurrent": "此模型的语言模型是循环网络：没有可以画出的注意力。",
@@ -201,7 +203,11 @@ CHINESE: Mapping[str, str] = {
     "tiles_ends": "橙色词元为行尾。",
     "tiles_alt": "图片 {number} 切成 {rows} × {cols} 块，以及由此得到的词元。",
     "no_boxes": "回答中没有方框。",
-    "boxes_alt": "图片 {number} 及回答中的方框：{names}。",
+    "picture_number": "图片 {number}",
+    "frame_of_video": "视频 {number} 的 {seconds} 秒处",
+    "boxes_without_time": "回答给出了方框，但没有时间（例如“1.5 秒”），"
+    "或时间不在视频之内：没有可画的帧。",
+    "boxes_alt": "{where}及回答中的方框：{names}。",
     "boxes_padded": "坐标按模型所见的填充后的正方形计算。",
     "fault_count": "{text} 不是方框：需要四个数。",
     "fault_range": "{text} 不是方框：数值超出图片。",

@@ -11,14 +11,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from demo.seeing.looked import (
-    Choice,
-    Looked,
-    boxes_html,
-    heat_html,
-    options_html,
-    tiles_html,
-)
+from demo.seeing.answer_boxes import boxes_html
+from demo.seeing.looked import Choice, Looked, heat_html, options_html, tiles_html
 from demo.seeing.pictures import told_html
 from demo.talk import Served, Talk
 from demo.told import language, told

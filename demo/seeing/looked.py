@@ -11,7 +11,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from demo.seeing.boxes_figure import draw_boxes
 from demo.seeing.frames_figure import draw_frames
 from demo.seeing.heat_figure import draw_heat
 from demo.seeing.options_figure import draw_options
@@ -20,13 +19,10 @@ from demo.wording import say
 from vlm.answers import LETTERS
 from vlm.image_processing import Medium, VlmImageProcessor
 from vlm.seeing.answer_attention import AnswerAttention, Views
-from vlm.seeing.boxes import NamedBox, boxes_in, on_image
 from vlm.seeing.heat_map import heat_map, map_size
 from vlm.seeing.option_depth import OptionDepth
-from vlm.seeing.token_places import canvas_box
 from vlm.tiles_figure import draw_tiles, draw_tokens, split, token_arithmetic
 from vlm.tiles_view import view_of_processor
-from vlm.tiling import PadTiling
 from vlm.video import SampledVideo
 from vlm.video_layout import num_video_tokens, pooled_grid
 
@@ -146,35 +142,6 @@ def _frames_html(
     known = {"frames": len(video.frames), "rows": rows, "cols": cols, "tokens": tokens}
     alt = say(language, "frames_alt", number=number + 1, frames=len(video.frames))
     return as_html(figure, alt, [say(language, "frames_caption", **known)])
-
-
-def boxes_html(looked: Looked, image: int, processor: VlmImageProcessor, language: str) -> str:
-    """Return an image with the boxes of the answer."""
-    picture = looked.media[image]
-    if isinstance(picture, SampledVideo):
-        return told_html(say(language, "no_boxes_on_videos"))
-    view = view_of_processor(processor, picture, looked.num_images)
-    padded = isinstance(view.tiling, PadTiling)
-    shown = canvas_box(picture.size, view.tiling, view.view_size, (1, 1)) if padded else None
-    drawn, captions = [], []
-    for found in boxes_in(looked.answer):
-        if not isinstance(found, NamedBox):
-            captions.append(say(language, f"fault_{found.fault}", text=found.text))
-            continue
-        placed = on_image(found.corners, picture.size, shown)
-        if placed is None:
-            text = ", ".join(f"{side:.2f}" for side in found.corners)
-            captions.append(say(language, "fault_padding", text=f"[{text}]"))
-        else:
-            drawn.append((placed, found.name))
-    if not drawn:
-        return "".join(map(told_html, captions or [say(language, "no_boxes")]))
-    names = [f"{number} {name}".strip() for number, (_, name) in enumerate(drawn, 1)]
-    if padded and picture.width != picture.height:
-        captions.append(say(language, "boxes_padded"))
-    alt = say(language, "boxes_alt", number=image + 1, names=", ".join(names))
-    figure = draw_boxes(picture, [box for box, _ in drawn])
-    return as_html(figure, alt, [" · ".join(names), *captions])
 
 
 def options_html(looked: Looked, language: str) -> str:

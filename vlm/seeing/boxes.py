@@ -7,6 +7,7 @@
 | `(x1,y1),(x2,y2)`                              | 0 to 1000                | Qwen-VL, Qwen2-VL  |
 | `<loc0001>` four times: y1 x1 y2 x2, the name  | of 1024 (four digits)    | PaliGemma          |
 | the name, `<loc_1>` four times: x1 y1 x2 y2    | of 1000                  | Florence-2         |
+| `{"bbox_2d": [x1, y1, x2, y2], "label": name}` | 0 to 1000                | Qwen3-VL           |
 
 Around the second and third may stand `<box>`, and `<ref>name</ref>` before them. These are special
 tokens to some tokenizers and are gone then: the numbers are read without them.
@@ -14,7 +15,7 @@ tokens to some tokenizers and are gone then: the numbers are read without them.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Fault = Literal["count", "range", "empty", "padding"]
@@ -26,6 +27,7 @@ PAIRS = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)\s*,?\s*\(\s*{NUMBER}\s*,\s*{NUMBER}
 FORMS = re.compile(
     rf"(?P<loc4>(?:<loc\d{{4}}>\s*)+)"
     rf"|(?P<loc_>(?:<loc_\d+>\s*)+)"
+    rf"|(?P<json>[\"']bbox(?:_2d)?[\"']\s*:\s*\[{NUMBERS}\])"
     rf"|(?P<double>\[\s*\[{NUMBERS}\](?:\s*,?\s*\[{NUMBERS}\])*\s*\])"
     rf"|(?P<single>\[{NUMBERS}\])"
     rf"|(?P<pairs>{PAIRS})"
@@ -37,6 +39,7 @@ REF = re.compile(
     r"\s*(?:<box>|<\|box_start\|>)?\s*$",
     re.S,
 )
+LABEL = re.compile(r"[\"']label[\"']\s*:\s*[\"']([^\"']*)")
 LOC_NAME = re.compile(r"\s*([^<;]*)")
 MAX_NAME = 40  # characters of a name
 
@@ -47,6 +50,7 @@ class NamedBox:
 
     corners: Corners
     name: str = ""
+    place: int = field(default=0, compare=False)  # in the answer, where what names it begins
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def boxes_in(answer: str) -> list[NamedBox | NotABox]:
         form = match.lastgroup or ""
         name = _name(answer, after, match, form)
         for numbers, written, scale in _candidates(match[0], form):
-            found.append(_box(numbers, written, scale, form, name))
+            box = _box(numbers, written, scale, form, name)
+            found.append(box if isinstance(box, NotABox) else replace(box, place=match.start()))
         after = match.end()
     return found
 
@@ -85,6 +90,8 @@ def _candidates(text: str, form: str) -> Iterator[tuple[list[float], str, float]
     if form == "tagged" and (inside := FORMS.search(text, 5, len(text) - 6)):
         yield from _candidates(inside[0], inside.lastgroup or "")
         return
+    if form == "json":
+        text = text[text.index("[") :]
     lists = re.split(r";|\]\s*,?\s*\[", text) if form == "double" else [text]
     for one in lists:
         numbers = [float(number) for number in re.findall(rf"-?{NUMBER}", one)]
@@ -118,6 +125,10 @@ def _name(answer: str, after: int, match: re.Match[str], form: str) -> str:
         name = behind[1] if behind else ""
     elif form == "loc_":
         name = re.sub(r"<[^>]*>", " ", before)
+    elif form == "json":  # in the same object
+        start, end = answer.rfind("{", 0, match.start()), answer.find("}", match.end())
+        label = LABEL.search(answer, max(start, 0), end if end >= 0 else len(answer))
+        name = label[1] if label else ""
     else:
         tagged = REF.search(before)
         name = tagged[1] if tagged else ""

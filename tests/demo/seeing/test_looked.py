@@ -9,7 +9,8 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed (make extras EXTRAS=demo)")
 
 from connectors.base import TokenCells
-from demo.seeing.looked import Choice, Looked, boxes_html, heat_html, options_html, tiles_html
+from demo.seeing.answer_boxes import boxes_html
+from demo.seeing.looked import Choice, Looked, heat_html, options_html, tiles_html
 from demo.seeing.options_figure import _apart
 from demo.wording import LANGUAGES
 from vlm.image_processing import VlmImageProcessor
@@ -77,7 +78,29 @@ def test_the_frames_of_a_video_are_drawn_with_their_times():
     assert "strongest at the bottom right, at 1.5 s." in alt(html) and "50%" in html
     html = tiles_html(seen, 0, processor, "en")
     assert "3 frames, each 2 × 2 tokens: 12 tokens in all." in html and "3 frames" in alt(html)
-    assert "not on videos" in boxes_html(seen, 0, processor, "en")
+    assert "boxes without a time" in boxes_html(seen, 0, processor, "en")
+    assert "<img" not in boxes_html(seen, 0, processor, "en")
+
+
+@pytest.mark.parametrize("tiling", ["resize", "pad"])
+def test_boxes_are_drawn_on_the_frame_of_their_moment(tiling):
+    processor = VlmImageProcessor(32, (4, 4), {"type": tiling})
+    frames = (Image.new("RGB", SIZE, "teal"),) * 3
+    video = SampledVideo(frames, (0.0, 1.5, 3.0), 4.0, 100)
+    answer = (
+        "At 0:01.4 <ref>the cat</ref><box>[[100,300,900,700]]</box> and 2.9 s "
+        "<ref>mat</ref><box>[[100,300,900,700]]</box>, 99 s [[100,300,900,700]] [[1,2]]"
+    )
+    html = boxes_html(Looked((video,), answer, "no_places", "no_options"), 0, processor, "en")
+    assert re.findall(r'alt="([^"]+)"', html) == [
+        "Video 1 at 1.5 s with the boxes of the answer: 1 the cat.",
+        "Video 1 at 3.0 s with the boxes of the answer: 1 mat.",
+    ]
+    assert "with one that the video does not have" in html and "[[1,2]] is no box" in html
+    assert ("padded square" in html) == (tiling == "pad")
+    one = SampledVideo(frames[:1], (0.0,), 4.0, 100)
+    only = Looked((one,), "[0.1, 0.4, 0.5, 0.6]", "no_places", "no_options")
+    assert "视频 1 的 0.0 秒处" in alt(boxes_html(only, 0, processor, "zh"))
 
 
 def test_boxes_are_drawn_and_faults_told():

@@ -31,6 +31,11 @@ TABLE = [
         "car<loc_100><loc_200><loc_500><loc_800>door handle<loc_0><loc_0><loc_999><loc_999>",
         [(WHOLE, "car"), ((0, 0, 0.999, 0.999), "door handle")],
     ),
+    (
+        '```json\n[{"bbox_2d": [100, 200, 500, 800], "label": "a cat"},\n'
+        '{"label": "mat", "bbox_2d": [0, 0, 1000, 1000]}, {"bbox_2d": [100, 200, 500, 800]}]\n```',
+        [(WHOLE, "a cat"), ((0, 0, 1, 1), "mat"), (WHOLE, "")],
+    ),
     ("No box here, see [1] and [2, 3] (in 2024).", []),
     ("", []),
 ]
