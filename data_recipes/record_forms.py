@@ -11,7 +11,8 @@
               {"type": "image_url", "image_url": {"url": path}}, and the same of videos
 
 A picture that an entry brings with it comes where the entry stands. What means something that is
-not done yet (parts of videos, sounds, boxes) is refused, not ignored; other keys are ignored.
+not done yet (parts of videos, sounds, boxes) is refused, not ignored, and so is what looks
+like a picture's key (`imgs`) in a record without pictures; other keys are ignored.
 """
 
 import json
@@ -34,6 +35,14 @@ REFUSED = {
 }
 KEYS = ("id", *PICTURE_KEYS, *VIDEO_KEYS, *TURN_KEYS, *REFUSED)
 TAG = re.compile(r"<image_\d+>")
+# Qwen-VL's own form; HTML has no </img>.
+PATH_IN_TEXT = re.compile(r"<img>[^<>\s]+</img>")
+# Keys of other people that are read by nobody: the picture would be lost without a word.
+LOOKALIKES = frozenset(
+    f"{thing}{ending}"
+    for thing in ("image", "img", "picture", "photo", "video")
+    for ending in ("", "s", "_path", "_paths", "_file", "_files", "_url", "_urls", "_name")
+).difference(PICTURE_KEYS, VIDEO_KEYS)
 
 
 def media_and_turns(raw: Mapping, name: object) -> tuple[list[Any], list[Any], Any]:
@@ -66,7 +75,18 @@ def media_and_turns(raw: Mapping, name: object) -> tuple[list[Any], list[Any], A
             kind = "pictures" if brought["image"] and images else "videos"
             raise UserError(f"{name}: its {kind} stand in its turns and beside them; choose one")
         images, videos = brought["image"] or images, brought["video"] or videos
+    if not images and not videos:
+        _refuse_lookalikes(raw, name)
     return _listed(images), _with_frames(_listed(videos)), turns
+
+
+def _refuse_lookalikes(raw: Mapping, name: object) -> None:
+    """Refuse keys under which a record without pictures and videos may have some."""
+    for key, value in raw.items():
+        known, lower = (*PICTURE_KEYS, *VIDEO_KEYS), str(key).lower()
+        if value and key not in known and (lower in LOOKALIKES or lower in known):
+            right = "video" if lower.startswith("video") else "image"
+            raise UserError(f"{name}: the key {key!r} is not read; call it {right!r}, or remove it")
 
 
 def _listed(value: Any) -> list[Any]:

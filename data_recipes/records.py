@@ -31,6 +31,8 @@ from typing import Any, Literal
 from data_recipes.image_files import Inside, VideoPlace
 from data_recipes.record_forms import (
     IMAGE_PLACEHOLDER,
+    PATH_IN_TEXT,
+    TAG,
     VIDEO_PLACEHOLDER,
     is_frame,
     media_and_turns,
@@ -45,6 +47,7 @@ ROLES: dict[str, str] = {
     "assistant": "assistant",
     "system": "system",
 }
+MOST_CHARACTERS = 4096  # of a path, as Linux has it
 ImagePosition = Literal["as_written", "first", "front_if_missing", "none"]
 
 
@@ -139,7 +142,18 @@ def check_pictures(pictures: list[Any], name: object) -> tuple[str | Inside, ...
             raise UserError(
                 f"{name}: 'image' must be a path or a list of paths, not {show(picture)}"
             )
+        _check_path(picture, name)
     return tuple(pictures)
+
+
+def _check_path(path: str | Inside, name: object) -> None:
+    """Refuse what is no path, but an address or the picture itself."""
+    if isinstance(path, Inside):
+        return
+    if path.startswith(("http://", "https://", "data:")):
+        raise UserError(f"{name}: {show(path)} is no path; nothing is fetched, save it as a file")
+    if len(path) > MOST_CHARACTERS:
+        raise UserError(f"{name}: a path of {len(path)} characters: {show(path)}")
 
 
 def _videos(files: list[Any], name: _Name) -> tuple[VideoPlace, ...]:
@@ -150,6 +164,8 @@ def _videos(files: list[Any], name: _Name) -> tuple[VideoPlace, ...]:
                 f"{name}: 'video' must be a path, a list of paths, or a list of frames, not "
                 f"{show(file)}"
             )
+        for part in parts:
+            _check_path(part, name)
         if isinstance(file, tuple) and not all(map(is_frame, file)):
             odd = next(part for part in file if not is_frame(part))
             raise UserError(f"{name}: a video that is a list of frames has {show(odd)} among them")
@@ -193,7 +209,25 @@ def _turn(turn: Any, number: int, name: _Name) -> tuple[str, str]:
         )
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{name}: turn {number} must have some text, not {show(text)}")
+    _check_text(text, number, name)
     return ROLES[role], text
+
+
+def _check_text(text: str, number: int, name: _Name) -> None:
+    """Refuse a text that names a picture in a way that is not read, or is none."""
+    for form, where in ((TAG, "'image': {tag: path}"), (PATH_IN_TEXT, "'image'")):
+        if found := form.search(text):
+            raise UserError(
+                f"{name}: turn {number} holds {found[0]!r}, but no picture of it is known; give "
+                f"its path in {where}, or write it otherwise where it is text"
+            )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name}: turn {number} holds half a character ({error.object[error.start]!r}, a lone "
+            "surrogate)"
+        ) from error
 
 
 def _check_placeholders(

@@ -94,7 +94,9 @@ def _scan_array(file: BinaryIO, path: Path, start: int, chunk_bytes: int) -> Sca
     starts = np.concatenate(parts)
     if depth != 0 or in_string:
         raise UserError(f"{path}: the JSON array does not end; the file may be cut short")
-    if starts.size == 0 or commas != starts.size - 1:
+    if starts.size == 0 and commas == 0:
+        raise UserError(f"{path}: the JSON array holds no record")
+    if commas != starts.size - 1:
         raise UserError(
             f"{path}: the JSON array must hold records, one comma between two; "
             f"it has {starts.size} object(s) and {commas} comma(s) between its elements"

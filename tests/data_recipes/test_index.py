@@ -68,7 +68,7 @@ def test_where_in_an_indented_array(tmp_path):
     [
         ("", "the file is empty"),
         (" \n ", "holds no record"),
-        ("[]", "0 object(s)"),
+        ("[]", "holds no record"),
         ('[{"a": 1}, {"a": 2}', "does not end"),
         ('[{"a": "x', "does not end"),
         ('[{"a": 1}, 5]', "1 object(s) and 1 comma(s)"),

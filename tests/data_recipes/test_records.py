@@ -128,6 +128,31 @@ FAULTS = {
         record(("human", "<video>?"), ("gpt", "<video>"), video="a"),
         "only the user's turns can show a video",
     ),
+    "Qwen-VL's picture": (
+        record(("human", "<img>0.png</img>What?"), A),
+        "holds '<img>0.png</img>'",
+    ),
+    "MiniCPM's picture": (record(("human", "<image_00>What?"), A), "holds '<image_00>'"),
+    "MiniCPM's tag beside a picture": (
+        record(("human", "<image_00>?"), A, image="a"),
+        "<image_00>",
+    ),
+    "half a character": (record(("human", "a\ud800"), A), "turn 1 holds half a character"),
+    "a key like image": (record(Q, A, imgs=["a"]), "'imgs' is not read; call it 'image'"),
+    "a key in capitals": (record(Q, A, Image="a"), "'Image' is not read; call it 'image'"),
+    "a key like video": (record(Q, A, video_path="a"), "'video_path' is not read; call it 'video'"),
+    "an address": (
+        record(("human", "<image>?"), A, image="https://a.org/b.png"),
+        "is no path; nothing is fetched",
+    ),
+    "a picture as text": (
+        record(("human", "<image>?"), A, image="data:image/png;base64,AA"),
+        "save it as a file",
+    ),
+    "a long path": (
+        record(("human", "<image>?"), A, image="a" * 5000),
+        "a path of 5000 characters",
+    ),
     "no video": (record(("human", "<video>\nWhat?"), A), "0 video(s) but 1 <video> placeholder(s)"),
     "no video among images": (
         record(("human", "<image><video>"), A, image="a"),
