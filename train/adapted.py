@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectors.config import config_from_mapping
+from train.engine import cuts_weights
 from train.freeze import PARTS
 from train.objectives import NextToken
 from vlm.adapters import AdapterConfig, check_beside
@@ -56,11 +57,12 @@ def check_adapters(model: "ModelRecipe", stages: Sequence["StageRecipe"], where:
                 f"{place}: model.quantization freezes the language model, so it cannot train in "
                 "full; give the stage an adapter, such as {type: lora}"
             )
-        shards = [name for name in ("deepspeed", "fsdp") if stage.training.get(name)]
-        if model.quantization is not None and shards:
+        cuts = model.quantization and cuts_weights(stage.training, f"{place}.training")
+        if cuts:
             raise UserError(
-                f"{place}: training.{shards[0]} would cut quantised weights to pieces; take it out "
-                "(several GPUs: train/launch/torchrun.sh), or leave model.quantization out"
+                f"{place}: training.{cuts} would cut quantised weights to pieces; take it out "
+                "(several GPUs: train/launch/torchrun.sh, or deepspeed: zero2), or leave "
+                "model.quantization out"
             )
         if stage.adapter is not None and stage.adapter.dora and model.quantization == "int8":
             raise UserError(

@@ -95,6 +95,19 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     return {**AUTO, **config, "zero_optimization": {**zero, name: True}}
 
 
+def cuts_weights(training: Mapping[str, Any], where: str) -> str | None:
+    """Return the line of a stage's `training` that cuts its weights to pieces, if one does.
+
+    Raises:
+        UserError: the config of DeepSpeed is wrong.
+    """
+    if training.get("fsdp"):
+        return "fsdp"
+    given = training.get("deepspeed")
+    zero = deepspeed_config(given, where)["zero_optimization"] if given else {}
+    return "deepspeed" if zero.get("stage") == 3 else None
+
+
 def check_fsdp(config: Mapping[str, Any] | str | None, where: str) -> None:
     """Refuse settings of FSDP that a stage cannot end with a whole model under.
 

@@ -3,12 +3,14 @@
 import gc
 import os
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from train.recipe import Recipe
+if TYPE_CHECKING:
+    from train.recipe import Recipe
 
 
 def is_main_process() -> bool:
@@ -38,7 +40,7 @@ def name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def set_up_torch(recipe: Recipe) -> None:
+def set_up_torch(recipe: "Recipe") -> None:
     """Apply the recipe's settings of torch, and leave the terminal to our own progress line."""
     disable_progress_bar()
     name_accelerator()

@@ -1,6 +1,6 @@
 """Does every engine learn what one process learns, whatever trains? A table, two ranks on the CPU.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_engines.py [--rows tied,LoRA] [--engines ZeRO-3]
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_engines.py [--rows 'tied;DoRA'] [--engines DDP]
 
 Each row is a way to train a small random model: one process takes batches of 4, two processes of 2
 each. Told is the largest difference of a step's loss. In bfloat16 engines round at other places:
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import socket
+import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -35,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA": {"adapter": LORA},
     "LoRA, tied": {"adapter": LORA, "language_model": {"tie_word_embeddings": True}},
     "DoRA": {"adapter": {**LORA, "dora": True}},
+    "NF4, LoRA": {"adapter": LORA, "model": {"quantization": "nf4"}},
+    "int8, LoRA": {"adapter": LORA, "model": {"quantization": "int8"}},
     "bf16": {"training": {"bf16": True}},
     "bf16, tied": {"training": {"bf16": True}, "language_model": {"tie_word_embeddings": True}},
     "bf16, LoRA": {"training": {"bf16": True}, "adapter": LORA},
@@ -155,7 +158,7 @@ def measure(case: dict[str, Any], engines: list[str], folder: Path) -> dict[str,
     """Return what each engine on two processes differs by from one process.
 
     In bfloat16 engines round at other places: each is compared with its own on one process, and so
-    is that one with itself in halves, and with none of these engines.
+    is that one with itself in halves, and with none of these engines: three numbers.
     """
     recipe = make_case(case, folder)
     plain = alone(recipe, folder / "one", 4, {})
@@ -172,33 +175,41 @@ def measure(case: dict[str, Any], engines: list[str], folder: Path) -> dict[str,
             found[engine] = distance(told, plain)
             if "training" in case and engine != "DDP":
                 one, halves = run(1, 4), run(1, 2, part=2)
-                found[engine] = (
-                    f"{distance(told, one)}, in halves {distance(halves, one)}, "
-                    f"from none {distance(one, plain)}"
-                )
+                pairs = (told, one), (halves, one), (one, plain)
+                found[engine] = " / ".join(distance(*pair) for pair in pairs)
         except RuntimeError as error:
-            found[engine] = str(error)
+            refused = "would cut quantised weights" in str(error)
+            found[engine] = "refused" if refused else str(error)
     return found
+
+
+def table(found: dict[str, dict[str, str]], engines: list[str]) -> str:
+    """Return a row for each engine and a column for each way to train, in Markdown."""
+    rows = [["engine", *found], ["---"] * (len(found) + 1)]
+    rows += [[engine, *(told[engine] for told in found.values())] for engine in engines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", default=";".join(CASES), help="of the table, with ; between")
-    parser.add_argument("--engines", default=";".join(ENGINES), help="its columns, likewise")
+    parser.add_argument("--rows", default=";".join(CASES), help="ways to train, with ; between")
+    parser.add_argument("--engines", default=";".join(ENGINES), help="likewise")
     parser.add_argument("--keep", type=Path, help="folder for models and logs")
     options = parser.parse_args()
     import deepspeed  # noqa: F401 # pyright: ignore[reportMissingImports]
 
     import vlm  # noqa: F401
 
+    engines = options.engines.split(";")
+    found = {}
     for row in options.rows.split(";"):
         with tempfile.TemporaryDirectory() as name:
             folder = (options.keep or Path(name)) / row.replace(" ", "_").replace(",", "")
             folder.mkdir(parents=True)
-            found = measure(CASES[row], options.engines.split(";"), folder)
-        for engine, told in found.items():
-            print(f"{row:<34}{engine:<44}{told}", flush=True)
+            found[row] = measure(CASES[row], engines, folder)
+        print(row, found[row], file=sys.stderr)
+    print(table(found, engines))
 
 
 if __name__ == "__main__":

@@ -282,8 +282,11 @@ def test_what_a_stage_cannot_have(adapted, write_recipe):
         return str(error.value)
 
     adapted["model"]["quantization"] = "int8"
-    words = ["--stages.align.training.deepspeed", "zero.json"]
-    assert "stages.align: training.deepspeed would cut quantised" in sentence(*words)
+    for words in (["deepspeed", "zero3"], ["fsdp", "true"]):
+        words = [f"--stages.align.training.{words[0]}", words[1]]
+        assert "stages.align: training." in (told := sentence(*words))
+        assert "would cut quantised weights" in told
+    load_recipe(write_recipe(adapted), ["--stages.align.training.deepspeed", "zero2"])
     stage = adapted["stages"][1]
     assert "dora cannot stand beside int8" in sentence("--stages.instruct.adapter.dora", "true")
     chain = [{"type": "mlp"}, {"type": "partial_lora"}]

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from train.callbacks import read_log
-from train.engine import LEVELS
+from train.engine import LEVELS, check_engine
 from train.mfu import Meter
 from vlm.cli import main
+from vlm.errors import UserError
 from vlm.loading import load_model
 
 STAGES = ("align", "instruct")
@@ -88,6 +91,19 @@ def cut_short(folder, name, stage=STAGES[-1], step=3):
     return copy
 
 
+@pytest.mark.parametrize("wanted", ["FSDP2", "DDP", "ZeRO-2"])
+def test_another_engine_than_was_asked_for_is_refused(wanted):
+    asked: dict = {"deepspeed": None, "fsdp": wanted == "FSDP2", "world_size": 2}
+    if wanted == "ZeRO-2":
+        pytest.importorskip("deepspeed")
+        asked["deepspeed"] = {"zero_optimization": {"stage": 2}}
+    model = torch.nn.Linear(1, 1)
+    trainer = SimpleNamespace(model_wrapped=model, args=SimpleNamespace(**asked))
+    trainer.optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(UserError, match=f"the recipe asks for {wanted}, but one process runs here"):
+        check_engine(cast(Any, trainer))
+
+
 def test_two_ranks_learn_what_one_learns_and_go_on_as_one_and_back(
     recipe, tmp_path, on_ranks, capsys
 ):
@@ -157,3 +173,35 @@ def test_tied_words_and_adapters_on_every_engine_and_other_numbers_of_ranks(
     assert main(["merge", folder, "--out", str(tmp_path / "merged")]) == 0
     AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     assert main(["chat", folder, "--prompt", "What?"]) == 0
+
+
+@pytest.mark.slow
+def test_in_bfloat16_two_ranks_round_as_one_in_halves(adapting, write_recipe, tmp_path, on_ranks):
+    """Sums in another order are rounded otherwise: one rank's own two halves tell how much."""
+    pytest.importorskip("deepspeed")
+    (stage,) = adapting["stages"] = adapting["stages"][1:]
+    stage["adapter"]["dora"] = False
+    stage["training"]["bf16"] = True
+    recipe, one = str(write_recipe(adapting)), tmp_path / "one"
+    engines = {"zero3": {"deepspeed": "zero3"}, "FSDP2": {"fsdp": "true"}}
+
+    def words(how, size, **training):
+        place = tmp_path / f"{how} {size} {bool(training)}"
+        return words_for(recipe, place, size, ("adapt",), **engines[how], **training)
+
+    assert main(["train", *words_for(recipe, one, 4, ("adapt",))]) == 0
+    halves = [words(how, 2, gradient_accumulation_steps=2) for how in engines]
+    on_ranks(*(words(how, 4) for how in engines), *halves, ranks=1)
+    on_ranks(*(words(how, 2) for how in engines))
+
+    def distance(name, other):
+        pairs = zip(losses(name, "adapt"), losses(other, "adapt"), strict=True)
+        return max(abs(a - b) for a, b in pairs)
+
+    for how in engines:
+        whole, half, two = (tmp_path / f"{how} {rest}" for rest in ("4 False", "2 True", "2 False"))
+        assert engine(two, "adapt")["processes"] == 2
+        assert 0 < distance(two, whole) <= 2 * distance(half, whole) < 1e-3, how
+        # what is rounded where differs between engines, by a tenth of a rounded loss at most
+        assert distance(whole, one) < 0.1 * 2**-8 * losses(one, "adapt")[0], how
+        load_model(two / "adapt", merged=True)
