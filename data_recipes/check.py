@@ -147,10 +147,10 @@ def _media_fault(
     from data_recipes.image_files import (
         MediaFile,
         VideoFile,
-        is_missing,
         load_media,
         locate,
         locate_video,
+        missing,
     )
     from vlm.video_layout import VideoConfig
 
@@ -161,9 +161,9 @@ def _media_fault(
         try:
             if decode:
                 load_media(file)
-            elif is_missing(file):
+            elif path := missing(file):
                 kind = "video" if isinstance(file, VideoFile) else "image"
-                return f"{file}: no such {kind} file"
+                return f"{path}: no such {kind} file"
         except UserError as error:
             return str(error)
     return None

@@ -200,11 +200,15 @@ def size_of(file: ImageFile) -> Size:
     return image_size(read(file), str(file)) if isinstance(file, Inside) else image_size(file)
 
 
-def is_missing(file: MediaFile) -> bool:
-    """Return whether a file of its own is not there; one inside another is not looked for."""
-    if isinstance(file, VideoFile):
-        place = file.place
-        if isinstance(place, tuple):
-            return any(map(is_missing, place))
-        return not isinstance(place, Inside) and not Path(place).exists()
-    return not isinstance(file, Inside) and not Path(file).is_file()
+def missing(file: MediaFile) -> str | None:
+    """Return a file of its own that is not there; None: all are.
+
+    One inside another is not looked for.
+    """
+    if isinstance(file, VideoFile) and isinstance(file.place, tuple):
+        return next(filter(None, map(missing, file.place)), None)
+    place = file.place if isinstance(file, VideoFile) else file
+    if isinstance(place, (Inside, tuple)):
+        return None
+    is_there = Path(place).exists() if isinstance(file, VideoFile) else Path(place).is_file()
+    return None if is_there else str(place)

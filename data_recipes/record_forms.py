@@ -74,10 +74,12 @@ def media_and_turns(raw: Mapping, name: object) -> tuple[list[Any], list[Any], A
         if (brought["image"] and images) or (brought["video"] and videos):
             kind = "pictures" if brought["image"] and images else "videos"
             raise UserError(f"{name}: its {kind} stand in its turns and beside them; choose one")
-        images, videos = brought["image"] or images, brought["video"] or videos
+        images = brought["image"] or images
+        if brought["video"]:
+            return _listed(images), list(map(_video, brought["video"])), turns
     if not images and not videos:
         _refuse_lookalikes(raw, name)
-    return _listed(images), _with_frames(_listed(videos)), turns
+    return _listed(images), _videos(videos), turns
 
 
 def _refuse_lookalikes(raw: Mapping, name: object) -> None:
@@ -93,11 +95,16 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _with_frames(videos: list[Any]) -> list[Any]:
-    """Return videos with a tuple for each list of frames: a list in the list, or all of it."""
-    if videos and all(map(is_frame, videos)):
-        return [tuple(videos)]
-    return [tuple(each) if isinstance(each, list) else each for each in videos]
+def _videos(value: Any) -> list[Any]:
+    """Return a record's videos; a list of pictures is one."""
+    if isinstance(value, list) and value and all(map(is_frame, value)):
+        return [_video(value)]
+    return list(map(_video, _listed(value)))
+
+
+def _video(value: Any) -> Any:
+    """Return a video, its frames as a tuple where they are a list."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def is_frame(file: Any) -> bool:

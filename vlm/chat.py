@@ -166,7 +166,7 @@ def obey(session: "ChatSession", line: str) -> bool:
             session.add_image(rest)
         case "/video":
             video = session.add_video(rest)
-            times = ", ".join(f"{time:.1f}" for time in video.times)
+            times = ", ".join(f"{time:.2f}" for time in video.times)
             print(f"{len(video.frames)} of {video.num_file_frames} frames, at {times} s")
         case "/save":
             session.save(rest)

@@ -155,12 +155,28 @@ def test_clips_inside_a_parquet_file(folder, processor, several, struct):
     ]
 
 
+def test_a_picture_alone_is_no_video(folder, processor):
+    """An animation in it would be lost; a list of one picture says what is meant."""
+    entry = [{"type": "video", "video": "frames/0.png"}, {"type": "text", "text": "?"}]
+    answer = {"role": "assistant", "content": "Left."}
+    for raw in ({"video": "frames/0.png", "conversations": TURNS},
+                {"messages": [{"role": "user", "content": entry}, answer]}):  # fmt: skip
+        assert to_messages(raw, "x").videos == ("frames/0.png",)
+    path = folder / "alone.json"
+    path.write_text(json.dumps([{"video": "frames/0.png", "conversations": TURNS}]))
+    with pytest.raises(UserError, match=r"frames/0\.png cannot be read: it is damaged"):
+        ConversationDataset([Source(name="v", path=str(path))], processor)[0]
+    path.write_text(json.dumps([{"video": ["frames/0.png", "9.png"], "conversations": TURNS}]))
+    assert main(["data", "check", str(path)]) == 2
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
         ({"a": 1}, "'video' must be a path, a list of paths, or a list of frames"),
         ([["a.png", "b.mp4"]], r'list of frames has "b\.mp4" among them'),
         ([[]], "'video' must be a path"),
+        (["a.png", "b.mp4"], r"2 video\(s\) but 1 <video>"),
         ([["a.png", 3]], "'video' must be a path"),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_question_that_is_too_long_with_one_frame(session, clip):
 
 def test_commands(session, clip, capsys):
     assert chat.obey(session, f"/video {clip}")
-    assert "32 of 60 frames, at 0.0, 0.0, 0.1" in capsys.readouterr().out
+    assert "32 of 60 frames, at 0.00, 0.04, 0.12" in capsys.readouterr().out
     with pytest.raises(UserError, match="/video needs a video's path"):
         chat.obey(session, "/video")
     with pytest.raises(UserError, match="no such file"):
