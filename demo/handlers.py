@@ -42,15 +42,19 @@ class Handlers:
         question: Mapping[str, Any],
         system: str | None,
         talk: Talk | None,
+        num_seen: float,
         request: gr.Request,
     ) -> tuple[Talk, Messages, dict[str, Any]]:
-        """Check a question and its files, and show it.
+        """Check a question and its files, and show it; `num_seen` messages stand on the page.
 
         Raises:
-            UserError: it is empty or too long, or a file cannot be taken; nothing is kept.
+            UserError: it is empty or too long, a file cannot be taken, or the server no longer has
+                the conversation that the page shows; nothing is kept.
         """
         words = language(request)
-        talk = self.open_talk(talk, request)
+        known, talk = talk, self.open_talk(talk, request)
+        if num_seen and talk is not known:
+            raise UserError(say(words, "gone"))
         text, system = question["text"].strip(), (system or "").strip()
         files = [Path(path) for path in question["files"]]
         self._check(text, files, "" if talk.chat.messages else system, talk, words)
@@ -103,12 +107,13 @@ class Handlers:
             raise
 
     def open_talk(self, talk: Talk | None, request: gr.Request) -> Talk:
-        """Return the visitor's conversation, a new one if there is none.
+        """Return the visitor's conversation, a new one if there is none, or it had to make room.
 
         Raises:
             UserError: there are too many visitors.
         """
-        talk = talk or begin(self.served, request.session_hash)
+        if talk is None or not talk.folder.is_dir():
+            talk = begin(self.served, request.session_hash)
         if talk is None:
             raise UserError(say(language(request), "too_many_visitors"))
         return talk
@@ -119,7 +124,7 @@ class Handlers:
         """Ask one of the sample questions."""
         sample = SAMPLES[clicked.index]
         question = {"text": sample.question, "files": [str(sample.path)]}
-        return self._post(question, system, talk, request)
+        return self._post(question, system, talk, 0, request)
 
     def _answer(
         self,

@@ -25,6 +25,9 @@ from demo.told import language
 
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 SCRIPT = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+# A server that was started anew under an open page does not have the conversation that is shown.
+COUNT_SEEN = """(box, system, talk) =>
+    [box, system, talk, document.querySelectorAll("#chat .message").length]"""
 
 
 def build_page(served: Served) -> gr.Blocks:
@@ -109,7 +112,7 @@ def _question_box(labels: Labels) -> gr.MultimodalTextbox:
         file_types=["image", "video"],
         file_count="multiple",
         autofocus=True,
-        max_plain_text_length=8000,
+        max_plain_text_length=10**6,  # a longer text that is pasted would become a file
     )
 
 
@@ -141,8 +144,10 @@ def _wire(
     """
     talk, chatbot, box = page.talk, page.chatbot, page.box
     asked = [talk, chatbot, box]
+    num_seen = gr.Number(0, visible="hidden")  # set by the browser as it posts
+    question = [box, page.system, talk, num_seen]
     posts = [
-        box.submit(handlers.post, [box, page.system, talk], asked, **AT_ONCE),
+        box.submit(handlers.post, question, asked, js=COUNT_SEEN, **AT_ONCE),
         chatbot.retry(handlers.retry, talk, asked, **AT_ONCE),
         chatbot.edit(handlers.edit, talk, asked, **AT_ONCE),
         chatbot.example_select(handlers.sample, [page.system, talk], asked, **AT_ONCE),

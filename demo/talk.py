@@ -74,7 +74,7 @@ class Talk:
         """Remove files that neither conversation has, zips too; the question box must be empty."""
         chats = [self.chat, *([self.beside.chat] if self.beside else [])]
         kept = {Path(path).stem for chat in chats for path, _ in [*chat.images, *chat.waiting]}
-        for file in self.folder.iterdir():
+        for file in self.folder.glob("*"):  # nothing where it was removed
             if file.stem.removeprefix("strip-").partition("-")[0] not in kept:
                 file.unlink(missing_ok=True)
 

@@ -54,17 +54,16 @@ def keep_picture(
     """
     if source.stat().st_size > limits.max_file_bytes:
         raise UserError(say(language, "file_too_large", name=name, limit=limits.max_file_mb))
-    no_picture = UserError(say(language, "no_picture", name=name))
     pixels = _num_pixels(source)
     if pixels is None:
-        raise no_picture
+        raise UserError(say(language, "no_picture", name=name))
     if pixels > limits.max_pixels:
         limit = limits.max_megapixels
         raise UserError(say(language, "too_many_pixels", name=name, limit=limit))
     try:
         picture = load_image(source, max_pixels=limits.max_pixels)
     except UserError as error:
-        raise no_picture from error
+        raise UserError(say(language, "picture_damaged", name=name)) from error
     small = picture.width * picture.height <= LOSSLESS_PIXELS or max(picture.size) > LONGEST_JPEG
     path = folder / f"{secrets.token_hex(8)}.{'png' if small else 'jpg'}"
     with _whole_or_gone(path):  # of PNG this level is three times as fast, its files a bit larger

@@ -91,6 +91,8 @@ ENGLISH: Mapping[str, str] = {
     "file_too_large": "{name} is larger than the {limit} MB that are taken.",
     "too_many_pixels": "{name} has more than the {limit} million pixels that are taken.",
     "no_picture": "{name} is no picture (PNG, JPEG, WebP, GIF, BMP, TIFF) and no video.",
+    "picture_damaged": "{name} cannot be read: it is damaged, cut short, or of pixels not known "
+    "here.",
     "too_many_pictures": "A conversation can have {limit} pictures; begin a new chat.",
     "question_too_long": "The question has more than {limit} characters; shorten it.",
     "system_too_long": "The system prompt has more than {limit} characters; shorten it.",
@@ -223,6 +225,7 @@ CHINESE: Mapping[str, str] = {
     "file_too_large": "{name} 超过了 {limit} MB 的上限。",
     "too_many_pixels": "{name} 超过了 {limit} 百万像素的上限。",
     "no_picture": "{name} 不是图片（PNG、JPEG、WebP、GIF、BMP、TIFF），也不是视频。",
+    "picture_damaged": "无法读取 {name}：它已损坏、被截断，或其像素格式在这里无法识别。",
     "too_many_pictures": "一次对话最多 {limit} 张图片；请开始新对话。",
     "question_too_long": "问题超过 {limit} 个字符；请缩短。",
     "system_too_long": "系统提示超过 {limit} 个字符；请缩短。",

@@ -36,10 +36,11 @@ def test_a_chinese_browser_gets_a_chinese_page(demo, open_page):
     page.get_by_text("有几个黄色物体？").wait_for()
     page.get_by_role("button", name="新对话").wait_for()
     assert page.get_attribute("html", "lang") == "zh"
-    page.fill("#box textarea", "你好")
-    page.press("#box textarea", "Enter")
+    page.get_by_text("图中有什么？").click()
     page.get_by_text("Hao").wait_for()
     page.wait_for_selector("#box .submit-button")
+    page.get_by_role("button", name="重试").wait_for()
+    assert page.get_by_role("button", name="分享").count() == 0, "it would send the picture away"
     # What no longer fits the model is told, and goes back into the box; the conversation stays.
     page.fill("#box textarea", "A" * 5000)
     page.press("#box textarea", "Enter")

@@ -87,7 +87,7 @@ def test_a_crafted_call_gets_no_file_and_no_address(demo, path: str):
     path = path.replace("{folder}", str(demo.folder))
     before = len(demo.connections)
     for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
-        data = [{"text": "What?", "files": [{"path": path, **meta}]}, "", None]
+        data = [{"text": "What?", "files": [{"path": path, **meta}]}, "", None, 0]
         answer = demo.call("_post", data, "crafted")
         assert answer["status"] == 400 and "Only files that were uploaded" in answer["detail"]
     called = [target for target in demo.connections[before:] if target[1] == 9]
@@ -160,7 +160,7 @@ def test_the_queue_is_bounded_and_says_so(demo):
     demo.voice.say("ab ", seconds=0.03)
     names = [f"visitor {number}" for number in range(4)]
     for name in names:
-        assert demo.call("_post", [{"text": "Hi", "files": []}, "", None], name)["status"] == 200
+        assert demo.call("_post", [{"text": "Hi", "files": []}, "", None, 0], name)["status"] == 200
     with ThreadPoolExecutor(4) as pool:
         settings = [None, 0, 1, 20, 1]
         answers = list(pool.map(lambda name: demo.call("_answer", settings, name), names))

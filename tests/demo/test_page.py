@@ -1,5 +1,6 @@
 """Does the page do what a visitor asks of it, in a real browser?"""
 
+import shutil
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -174,6 +175,26 @@ def test_two_visitors_do_not_see_each_other(demo, open_page):
     assert first.locator(BOT).nth(1).inner_text() == said and said.startswith("ab ")
     second.press("#box textarea", "Escape")
     settled(second)
+
+
+def test_a_conversation_that_the_server_lost_is_told(demo, open_page):
+    """As after a new start under an open page: it would vanish with the next question."""
+    demo.voice.say("fine", end=True)
+    page = open_page()
+    ask(page, "How are you?")
+    page.get_by_text("fine").wait_for()
+    settled(page)
+    for folder in demo.folder.glob("talk-*"):
+        shutil.rmtree(folder)
+    ask(page, "And now?")
+    page.get_by_text("This conversation is no longer there; begin a new chat.").wait_for()
+    assert page.input_value("#box textarea") == "And now?"
+    assert page.inner_text(BOT) == "fine"
+    page.click("#new-chat")
+    page.get_by_text("Show a picture or a video, ask about it").wait_for()
+    ask(page, "And now?")
+    page.wait_for_selector(BOT)
+    settled(page)
 
 
 def test_a_refused_file_is_told_and_the_question_stays(demo, open_page, pictures, tmp_path):

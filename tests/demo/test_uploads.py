@@ -37,6 +37,12 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
 
 
+def floats() -> bytes:
+    stream = BytesIO()
+    Image.new("F", (40, 30), 0.5).save(stream, "TIFF")
+    return stream.getvalue()
+
+
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
 REFUSED: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a decompression bomb": ("bomb.png", bomb, "million pixels that are taken"),
@@ -47,7 +53,8 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "an SVG with a script, renamed": ("cat.png", lambda: SVG, "no picture"),
     "a web page": ("cat.gif", lambda: b"<html><script>1</script>", "no picture"),
     "PostScript, which PIL runs": ("cat.eps", lambda: picture(kind="EPS"), "no picture"),
-    "a cut picture": ("cut.png", lambda: picture()[:900], "no picture"),
+    "a cut picture": ("cut.png", lambda: picture()[:900], "damaged, cut short"),
+    "pixels without a range": ("float.tiff", floats, "of pixels not known here"),
     "a picture of no bytes": ("none.png", lambda: b"", "no picture"),
     "a large file": ("big.bmp", lambda: picture((999, 999), "BMP"), "larger than the 1 MB"),
 }
@@ -112,7 +119,7 @@ def test_a_server_that_is_sent_bad_files_answers_others(demo):
     def post(session: str, name: str, content: bytes) -> dict:
         paths = upload(demo, name, content)
         files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
-        return demo.call("_post", [{"text": "What?", "files": files}, "", None], session)
+        return demo.call("_post", [{"text": "What?", "files": files}, "", None, 0], session)
 
     for case in ("a decompression bomb", "a renamed executable", "an SVG with a script, renamed"):
         name, make, words = REFUSED[case]
