@@ -59,9 +59,9 @@ def run_build(args: argparse.Namespace) -> int:
 def add_moving_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of moving scenes."""
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=2400, help="clips to train on (%(default)s)")
+    parser.add_argument("--train", type=int, default=6000, help="clips to train on (%(default)s)")
     parser.add_argument(
-        "--test-per-task", type=int, default=240, help="questions per task (%(default)s)"
+        "--test-per-task", type=int, default=576, help="questions per task (%(default)s)"
     )
     parser.add_argument("--size", type=int, default=64, help="side of the frames in pixels")
     parser.add_argument("--seed", type=int, default=0)

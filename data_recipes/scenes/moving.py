@@ -18,7 +18,7 @@ from data_recipes.scenes.vocabulary import COLOR_NAMES, FLAT_SHAPES
 
 NUM_FRAMES = 12
 FRAMES_PER_SECOND = 6
-DIRECTIONS = ("left", "right", "up", "down")
+DIRECTIONS = ("left", "right", "above", "below")  # where it ends, seen from its beginning
 STEPS = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)], dtype=np.float64)  # x to the right, y down
 TRAVEL = 0.22  # share of the picture's side: nearly two cells of eight
 START = (0.28, 0.72)  # where the centres of the first frame's objects are, on both axes

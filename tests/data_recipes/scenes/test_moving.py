@@ -1,5 +1,6 @@
 """Are moving scenes what their questions say, balanced, and silent in their first frame?"""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -21,6 +22,7 @@ from data_recipes.scenes.moving_build import (
     _train_shard,
     benchmark,
 )
+from vlm.answers import read_answer
 from vlm.video import sample_video
 
 
@@ -91,10 +93,36 @@ def test_truths_and_letters_are_balanced(task):
                 assert truth == ask.name(clips, row, 0)
             if task == "First":
                 assert truth == ask.name(clips, row, clips.slots(row, appearing=True)[0])
-            assert question.reply.endswith(f"so {truth} {question.letter}")
+            assert question.reply.endswith(f" {truth} {question.letter}")
+            assert read_answer(question.reply, question.choices).letter == question.letter[1]
             found[truth if task in ("Direction", "Appear") else None, question.letter] += 1
     assert len(set(found.values())) == 1
     assert len(found) == choices**2 if task in ("Direction", "Appear") else choices
+
+
+def test_conclusions_follow_from_what_is_seen(batch):
+    rng = np.random.default_rng(0)
+    ways = {(0, 0): "none", **dict(zip(map(tuple, STEPS), DIRECTIONS, strict=True))}
+    path = re.compile(r"(\w+ \w+) y(\d) x(\d) , y(\d) x(\d) (\w+)")
+    for row in range(len(batch)):
+        seen, went = ask.ask("Mover", batch, row, 1, rng).reasoning.split(" , so ")
+        found = {}
+        for name, *cells, way in path.findall(seen):
+            y, x, later_y, later_x = map(int, cells)
+            assert way == ways[np.sign(later_x - x), np.sign(later_y - y)]
+            found[way] = name
+        way = DIRECTIONS[batch.direction[row]]
+        assert set(found) == {"none", way} and went == f"{way} {found[way]}"
+        seen, number = ask.ask("Appear", batch, row, 2, rng).reasoning.split(" , so ")
+        told = seen.split(" , ")
+        cells = [each[:5] for each in told]
+        assert cells == sorted(cells) and len(told) == batch.scenes.exists[row].sum()
+        newcomers = [int(each.split()[-1]) for each in told if each[-2] != "x"]
+        assert newcomers == list(range(1, int(number) + 1))
+        if int(number) > 1:
+            seen, first = ask.ask("First", batch, row, 0, rng).reasoning.split(" , so ")
+            parts = {each.split()[-1]: " ".join(each.split()[:2]) for each in seen.split(" , ")}
+            assert first == f"{min(parts)} {parts[min(parts)]}" and len(parts) == 2
 
 
 def test_files(tmp_path):
