@@ -1,14 +1,16 @@
-"""How do moving scenes become files? Clips as MP4, LLaVA JSONL, and a benchmark with its control.
+"""How do moving scenes become files? Clips as MP4, LLaVA JSONL, and a benchmark with its controls.
 
-    OUT/train/videos/*.mp4, questions.jsonl    what a stage trains on
-    OUT/test.parquet, test/*.mp4               four tasks, held out; `video` is a path beside it
-    OUT/control.parquet, control/*.mp4         the same questions; every frame is the clip's first
-    OUT/manifest.json                          settings and counts; written last
+    OUT/train/videos/*.mp4, questions.jsonl      what a stage trains on
+    OUT/test.parquet, test/*.mp4                 four tasks, held out; `video` is a path beside it
+    OUT/first_frame.parquet, first_frame/*.mp4   the same questions; every frame is the clip's first
+    OUT/last_frame.parquet, last_frame/*.mp4     every frame is its last
+    OUT/manifest.json                            settings and counts; written last
 
 A training record asks about what moves and about what appears, once each: two questions about the
 same thing would answer each other. In the benchmark every option of a task is right equally often,
-and so is every letter. The control says what one frame tells: whoever answers it better than by
-chance has found a leak.
+and so is every letter. The controls say what one frame tells. The first tells nothing: whoever
+answers it better than by chance has found a leak. The last tells something (more objects, more that
+may have come); a model that answers it as well as the clip does not look at what came before.
 """
 
 import multiprocessing
@@ -39,6 +41,11 @@ from vlm.errors import UserError
 
 SHARD = 100  # clips drawn together
 TRAIN_STREAM, TEST_STREAM = 11, 12  # streams of one seed that must never meet
+SETS = {  # of the benchmark -> the frames (S, F, P, P, 3) that are shown
+    "test": lambda clips: clips,
+    "first_frame": lambda clips: np.repeat(clips[:, :1], clips.shape[1], axis=1),
+    "last_frame": lambda clips: np.repeat(clips[:, -1:], clips.shape[1], axis=1),
+}
 SCHEMA = pa.schema(
     [
         ("idx", pa.int64()),
@@ -82,7 +89,7 @@ def build_moving(out: Path, settings: MovingSettings, workers: int = 1) -> dict:
     if manifest is not None:
         return manifest
     make_folder(out)
-    for folder in ("train/videos", "test", "control"):
+    for folder in ("train/videos", *SETS):
         (out / folder).mkdir(parents=True, exist_ok=True)
     jobs = [(out, settings, start) for start in range(0, settings.train, SHARD)]
     lines: list[str] = []
@@ -92,7 +99,7 @@ def build_moving(out: Path, settings: MovingSettings, workers: int = 1) -> dict:
         tests = [(out, settings, task) for task in ask.TASKS]
         rows = [row for part in pool.imap(_test_shard, tests) for row in part]
     (out / "train/questions.jsonl").write_text("".join(lines))
-    for name in ("test", "control"):
+    for name in SETS:
         numbered = [
             {**row, "idx": i, "video": f"{name}/{row['video']}"} for i, row in enumerate(rows)
         ]
@@ -140,17 +147,17 @@ def _pairs(batch: MovingBatch, row: int, rng: np.random.Generator) -> list[list[
 
 
 def _test_shard(job: tuple[Path, MovingSettings, str]) -> list[dict[str, Any]]:
-    """Write a task's clips and their frozen controls; return its rows."""
+    """Write a task's clips and their controls, which stand still; return its rows."""
     out, settings, task = job
     rows = []
     for start, batch, questions in benchmark(task, settings.test_per_task, settings.seed):
         seed = stream_seed(settings.seed, TEST_STREAM, start)
         clips = render_clips(batch, settings.size, seed, Difficulty().noise)
-        for row, question in enumerate(questions):
-            name = f"{task.lower()}_{start + row:05d}.mp4"
-            write_clip(out / "test" / name, clips[row])
-            write_clip(out / "control" / name, np.repeat(clips[row][:1], len(clips[row]), axis=0))
-            rows.append(benchmark_row(name, question))
+        names = [f"{task.lower()}_{start + row:05d}.mp4" for row in range(len(questions))]
+        for folder, shown in SETS.items():
+            for name, frames in zip(names, shown(clips), strict=True):
+                write_clip(out / folder / name, frames)
+        rows += [benchmark_row(*each) for each in zip(names, questions, strict=True)]
     return rows
 
 

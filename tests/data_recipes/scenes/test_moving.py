@@ -17,6 +17,7 @@ from data_recipes.scenes.moving import (
     sample_moving,
 )
 from data_recipes.scenes.moving_build import (
+    SETS,
     MovingSettings,
     _test_shard,
     _train_shard,
@@ -126,7 +127,7 @@ def test_conclusions_follow_from_what_is_seen(batch):
 
 
 def test_files(tmp_path):
-    for folder in ("train/videos", "test", "control"):
+    for folder in ("train/videos", *SETS):
         (tmp_path / folder).mkdir(parents=True)
     settings = MovingSettings(train=3, test_per_task=4, size=32)
     lines = _train_shard((tmp_path, settings, 0))
@@ -140,6 +141,8 @@ def test_files(tmp_path):
     rows = _test_shard((tmp_path, settings, "First"))
     assert [row["answer"] for row in rows] == ["(A)", "(B)", "(A)", "(B)"]
     moving = sample_video(tmp_path / "test" / rows[0]["video"]).frames
-    frozen = sample_video(tmp_path / "control" / rows[0]["video"]).frames
-    drift = [np.abs(np.subtract(f, moving[0], dtype=int)).max() for f in (*frozen, moving[-1])]
-    assert max(drift[:-1]) < 30 < drift[-1]  # MP4 is not quite lossless
+    for folder, end in (("first_frame", 0), ("last_frame", -1)):
+        frozen = sample_video(tmp_path / folder / rows[0]["video"]).frames
+        other = moving[-1 - end]
+        drift = [np.abs(np.subtract(f, moving[end], dtype=int)).max() for f in (*frozen, other)]
+        assert max(drift[:-1]) < 30 < drift[-1]  # MP4 is not quite lossless
