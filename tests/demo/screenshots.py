@@ -1,8 +1,10 @@
 """How does the page look? Draw docs/demo*.png anew, from a model of the quickstart.
 
-    python tests/demo/screenshots.py runs/quickstart/vlm/instruct --clip clip.mp4 --out docs
+    python tests/demo/screenshots.py runs/quickstart/vlm/instruct --clip CLIP
+    python tests/demo/screenshots.py runs/scenes-video/watch --clip CLIP --only demo-video
 
-A clip is any short video; `vlm data build moving-scenes` makes some.
+CLIP is runs/quickstart/moving/test/appear_00008.mp4, the first of the benchmark's in which two
+objects appear, whatever the model says of it; the page names the model by its folder below runs/.
 """
 
 import argparse
@@ -20,6 +22,10 @@ from demo.sample_questions import SAMPLES
 from demo.server import Address, serving
 from vlm.loading import load_model
 
+WATCH = (
+    "How many objects appear in the course of the video? Select from the following choices.\n"
+    "(A) 0\n(B) 1\n(C) 2\n(D) 3"
+)
 WIDE = {"viewport": {"width": 1100, "height": 720}}
 PHONE = {"viewport": {"width": 390, "height": 760}, "is_mobile": True, "has_touch": True}
 
@@ -50,7 +56,7 @@ def empty(page: Page, clip: Path) -> None:
 
 def video(page: Page, clip: Path) -> None:
     """A question about a video."""
-    ask(page, "Describe the image.", clip)
+    ask(page, WATCH, clip)
     page.wait_for_function("document.querySelector('#chat video')?.readyState >= 2")
 
 
@@ -83,9 +89,10 @@ def main() -> None:
     parser.add_argument("--only", choices=SHOTS, nargs="*", default=list(SHOTS))
     args = parser.parse_args()
     model, processor = load_model(args.model)
+    title = args.model.removeprefix("runs/")
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving("quickstart/vlm/instruct", model, processor, Limits(), Address()) as url,
+        serving(title, model, processor, Limits(), Address()) as url,
         sync_playwright() as playwright,
     ):
         clip = Path(shutil.copy(args.clip, folder))
