@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from train.callbacks import read_log
@@ -26,6 +27,11 @@ def losses(folder, stage):
 
 def engine(folder, stage):
     return json.loads((folder / stage / "manifest.json").read_text())["engine"]
+
+
+def weights(folder):
+    (path,) = folder.glob("*model.safetensors")
+    return load_file(path)
 
 
 def words_for(recipe, folder, size, stages=STAGES, **training):
@@ -168,6 +174,8 @@ def test_tied_words_and_adapters_on_every_engine_and_other_numbers_of_ranks(
         for folder in (alone[name], back[name]):
             found = losses(folder, stage)
             assert found == pytest.approx(losses(tmp_path / name, stage), abs=1e-5), folder.name
+            states = (weights(f / stage) for f in (folder, tmp_path / name))
+            torch.testing.assert_close(*states, rtol=0, atol=1e-4)  # the last step's, too
 
     folder = str(tmp_path / "zero3" / "adapt")
     assert main(["merge", folder, "--out", str(tmp_path / "merged")]) == 0
