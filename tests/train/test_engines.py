@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from train.callbacks import read_log
-from train.engine import LEVELS, check_engine
+from train.engine import LEVELS, check_engine, set_up_fsdp
 from train.mfu import Meter
 from vlm.cli import main
 from vlm.errors import UserError
@@ -108,6 +108,18 @@ def test_another_engine_than_was_asked_for_is_refused(wanted):
     trainer.optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(UserError, match=f"the recipe asks for {wanted}, but one process runs here"):
         check_engine(cast(Any, trainer))
+
+
+def test_fsdp_rounds_no_input_no_sum_and_no_loss():
+    """What goes into a layer is left to autocast; accelerate's own policy puts losses 0.01 off."""
+    state = SimpleNamespace(mixed_precision="bf16", distributed_type="FSDP")
+    state.fsdp_plugin = SimpleNamespace()
+    trainer = SimpleNamespace(args=SimpleNamespace(fsdp=True))
+    trainer.accelerator = SimpleNamespace(state=state)
+    set_up_fsdp(cast(Any, trainer))
+    policy = state.fsdp_plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert policy.output_dtype is None and not policy.cast_forward_inputs
 
 
 def test_two_ranks_learn_what_one_learns_and_go_on_as_one_and_back(
