@@ -41,10 +41,11 @@ def check_rows(base: Json, runs: Sequence[Run]) -> dict[str, Fit]:
     Raises:
         UserError: a row cannot be trained; the sentence names it.
     """
-    if base["model"]["checkpoint"] is not None:
+    varied = [key for run in runs for key in run.row.changes if key.startswith(BUILT)]
+    if base["model"]["checkpoint"] is not None and varied:
         raise UserError(
-            "the recipe starts from model.checkpoint, so its parts cannot be varied; name "
-            "vision_encoder, connector and language_model instead"
+            "the recipe starts from model.checkpoint, so its parts cannot be varied "
+            f"({varied[0]}); name vision_encoder, connector and language_model instead"
         )
     parts, fits = Parts(), {}
     for run in runs:

@@ -11,9 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from connectors import acts_inside, build_connector, view_token_grid
+from vlm.configuration import VlmConfig
 from vlm.encoders import VisionEncoder, build_vision_encoder
 from vlm.errors import UserError
 from vlm.hosts import host_shape
+from vlm.loading import check_checkpoint
+from vlm.modeling import VlmForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Parts:
         Raises:
             UserError: a part cannot be found, or they do not fit.
         """
+        if model["checkpoint"] is not None:
+            return fit_of_checkpoint(model["checkpoint"])
         encoder = self._encoder(model["vision_encoder"])
         language_model = self._language_model(model["language_model"])
         choice = model["connector"]
@@ -92,6 +97,25 @@ class Parts:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"the language model {source} cannot be read: {first}") from error
         return self._language_models[source]
+
+
+def fit_of_checkpoint(source: str) -> Fit:
+    """Return the sizes of a model that variants start from.
+
+    Raises:
+        UserError: it is none.
+    """
+    check_checkpoint(source)
+    with torch.device("meta"):
+        model = VlmForConditionalGeneration(VlmConfig.from_pretrained(source))
+    parts = model.model
+    rows, columns = parts.view_token_grid()
+    sizes = {"encoder": count(parts.vision_tower), "connector": count(parts.connector)}
+    return Fit(
+        grids=tuple(parts.vision_tower.grids),
+        view_tokens=rows * columns,
+        parameters=sizes | {"language model": count(model) - sum(sizes.values())},
+    )
 
 
 def count(module: torch.nn.Module) -> int:

@@ -160,7 +160,7 @@ def _sources(model: Any) -> Iterator[str]:
     """Yield the files and folders that a model's weights come from."""
     if isinstance(model, Mapping):
         for key, value in model.items():
-            if key in ("source", "language_model") and isinstance(value, str):
+            if key in ("source", "language_model", "checkpoint") and isinstance(value, str):
                 if Path(value).exists():
                     yield value
             else:

@@ -290,6 +290,23 @@ def test_rows_that_change_other_fields_are_checked_by_vlm_train(fake, ablate):
     assert [tree["stages"][0]["max_steps"] for tree in fake.checked] == [3, 0] and not fake.ran
 
 
+def test_videos_are_varied_on_a_checkpoint(fake, ablate, base, make_model, tmp_path, capsys):
+    model, processor = make_model()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "image_model")
+    base["model"] |= {"checkpoint": str(tmp_path / "image_model"), "video": {"frames": 4}}
+    base["model"] |= dict.fromkeys(("vision_encoder", "connector", "language_model", "tiling"))
+    vary = ["--vary", "model.video.frames=2,4", "--vary", "model.video.pool=max,average"]
+    assert ablate(*vary, "--dry-run") == 0
+    assert "frames=2, pool=max" in (told := capsys.readouterr().out) and "  16 " in told
+    assert ablate(*vary) == 0
+    assert [line for line in fake.ran if line.startswith("train")] == [
+        f"train frames={frames}-pool={pool}" for frames in (2, 4) for pool in ("max", "average")
+    ]
+    with pytest.raises(UserError, match=r"parts cannot be varied \(model\.connector\)"):
+        ablate("--vary", "connector=mlp,linear")
+
+
 def test_an_order_that_depends_on_the_tokens_is_refused(fake, ablate, base):
     base["stages"][0]["length_window"] = 4
     with pytest.raises(UserError, match="length_window is 4"):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval.ablation.measure import Picture, Probe, measure
+from eval.ablation.measure import Clip, Picture, Probe, measure
+from vlm.video_layout import VideoConfig
 
 TEXT = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
 SEEN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
@@ -51,3 +52,21 @@ def test_the_language_model_pays_for_each_token_and_for_what_acts_inside(costs):
 def test_tokens_are_the_mean_over_the_pictures(costs):
     _, both = costs(connector={"type": "linear"}, tiling={"type": "dynamic", "max_tiles": 4})
     assert both["a"]["visual_tokens"] not in (16, 32)
+
+
+def test_a_video_costs_the_frames_that_a_model_looks_at(make_model, make_image, tmp_path):
+    (tmp_path / "clip").mkdir()
+    for number in range(5):
+        make_image(seed=number).save(tmp_path / f"clip/{number}.png")
+    model, processor = make_model()
+    values = {"frames": 3, "stride": 1}
+    model.model.set_video(VideoConfig(**values))
+    processor.image_processor.set_video(values)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    seen = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}]
+    probe = Probe(media=[tmp_path / "clip"], messages=seen, blind_messages=TEXT)
+    clips = {Clip((0.0, 0.5, 1.0, 1.5, 2.0)): 2, Clip((0.0,)): 2}
+    found = measure({"a": tmp_path / "model"}, probe, clips, rounds=2)["a"]
+    assert found["visual_tokens"] == 16 * (3 + 1) / 2
+    assert found["flops_encoder"] > 0 and found["look_ms"] > 0
