@@ -7,6 +7,7 @@ of every field itself and says in one sentence which field is wrong and what it 
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -60,8 +61,10 @@ def check_value(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the annotation `hint` wants it.
 
     Raises:
-        UserError: the value is not of that type.
+        UserError: the value is not of that type, or no finite number.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, not {value}")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value

@@ -27,6 +27,7 @@ from vlm.frame_files import FRAME_RATE
 
 Take = Literal["first", "end", "random"]
 MAX_MIX_BYTES = 1 << 24
+MOST_REPEATS = 1000  # an epoch's order is held whole, 8 bytes a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,11 @@ class Source:
             raise UserError(f"{where}: weight must be above 0, not {self.weight}")
         if not 0 < self.frame_rate < math.inf:
             raise UserError(f"{where}: frame_rate must be above 0, not {self.frame_rate}")
-        if self.repeat <= 0:
-            raise UserError(f"{where}: repeat must be above 0, not {self.repeat}")
+        if not 0 < self.repeat <= MOST_REPEATS:
+            raise UserError(
+                f"{where}: repeat must be above 0 and at most {MOST_REPEATS}, not {self.repeat}; "
+                "for more, train more epochs"
+            )
         if self.weight is not None and self.repeat != 1.0:
             raise UserError(f"{where}: give a weight or a repeat, not both")
         self.num_selected(1)  # says now if `cap` cannot be read
@@ -81,7 +85,7 @@ class Source:
                 f"data source {self.name!r}: cap must be a number of records or a percentage "
                 f"such as '10%', not {self.cap!r}"
             ) from error
-        if value <= 0 or (percent and value > 100):
+        if not value > 0 or (percent and value > 100):
             raise UserError(f"data source {self.name!r}: cap {self.cap!r} keeps nothing sensible")
         if percent:
             return math.ceil(num_records * value / 100)

@@ -44,6 +44,7 @@ ELSEWHERE: dict[str, str] = {
     "resume_from_checkpoint": "a stage that was cut short goes on by itself",
     "group_by_length": "it is the stage's length_window",
     "train_sampling_strategy": "it is the stage's length_window",
+    "warmup_ratio": "a warmup_steps below 1 is a share of all steps",
     **dict.fromkeys(FIXED, "the trainer sets it"),
 }
 # What would run beside the suite's own way, or against it: the reason, and the fields.
@@ -72,6 +73,7 @@ LEAST: dict[str, float] = {
     "weight_decay": 0,
     "max_grad_norm": 0,
 }
+MOST_WORKERS = 256  # processes, each of which holds torch
 EXTRAS = "the extra packages for training come with: make extras EXTRAS=train"
 
 
@@ -213,6 +215,12 @@ def _check_numbers(values: dict[str, Any], where: str) -> None:
     for name, least in LEAST.items():
         if values.get(name) is not None and values[name] < least:
             raise UserError(f"{where}.{name} must be {least:g} or more, not {values[name]:g}")
+    workers = values.get("dataloader_num_workers") or 0
+    if workers > MOST_WORKERS:
+        raise UserError(f"{where}.dataloader_num_workers is {workers}; take {MOST_WORKERS} at most")
+    for name in ("save_steps", "logging_steps"):
+        if values.get(name) is not None and not values[name] > 0:
+            raise UserError(f"{where}.{name} must be above 0, not {values[name]:g}")
     steps, epochs = values.get("max_steps", -1), values.get("num_train_epochs", 3)
     if steps < 1 and steps != -1:
         raise UserError(f"{where}.max_steps must be 1 or more, or -1 for whole epochs, not {steps}")

@@ -9,6 +9,7 @@
 A change replaces the whole of `trainable`: a part that it does not name is frozen from there on.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def _is_range(layers: str | list[int]) -> bool:
 
 
 def _learning_rate(value: Any, place: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise UserError(f"{place} must be a learning rate such as 1e-3, not {value!r}")
     return float(value)
 

@@ -225,6 +225,8 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
         raise UserError(
             f"{where}: num_threads must be in [1, {MOST_THREADS}], not {recipe.num_threads}"
         )
+    if not recipe.output_dir.strip():
+        raise UserError(f"{where}: output_dir is empty; name a folder")
     if not 0 <= recipe.seed < 2**32:
         raise UserError(f"{where}: seed must be in [0, 2**32), not {recipe.seed}")
     return recipe
@@ -233,6 +235,8 @@ def parse_recipe(tree: Mapping[str, Any], where: str) -> Recipe:
 def _parse_model(value: Any, where: str) -> ModelRecipe:
     """Check the model, down to the names of its encoder, connector, tiling and template."""
     model = config_from_mapping(ModelRecipe, _mapping(value, where), where)
+    if empty := [name for name in ("language_model", "checkpoint") if value.get(name) == ""]:
+        raise UserError(f"{where}.{empty[0]} is empty; name a folder or a model of the Hub")
     needed = ("vision_encoder", "connector")  # the language model, if a stage has one
     given = [name for name in (*needed, "language_model") if value.get(name) is not None]
     if model.checkpoint is not None and given:

@@ -26,7 +26,7 @@ from train.rates import check_steps
 from train.recipe import Recipe, StageRecipe, with_place
 from train.resume import check_resume
 from train.sharded_state import check_ranks, step_of_records
-from train.steps import step_sizes, total_steps
+from train.steps import check_batches, step_sizes, total_steps
 from vlm.errors import UserError
 
 
@@ -90,6 +90,8 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
         check_ranks(checkpoint, read_manifest(folder), arguments)
     saves, on_base = arguments.save_strategy != "no", keeps_base(recipe, stage)
     check_space(folder, parts.model, saves, stage.ema is not None, trained_only=on_base)
+    if stage.packing is None:
+        check_batches(step_sizes(arguments, len(parts.dataset)), stage.name)
     if stage.changes:
         order = make_order(parts.dataset, arguments, stage.length_window, stage.packing)
         steps = total_steps(arguments, step_sizes(arguments, len(order)))

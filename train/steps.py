@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vlm.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -63,6 +65,19 @@ def step_sizes(arguments: "TrainingArguments", items: int) -> StepSizes:
         accumulation=arguments.gradient_accumulation_steps,
         drop_last=arguments.dataloader_drop_last,
     )
+
+
+def check_batches(sizes: StepSizes, stage: str) -> None:
+    """Refuse a stage none of whose micro-batches is full, where only full ones are taken.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if sizes.batches == 0:
+        raise UserError(
+            f"stages.{stage}.training: dataloader_drop_last leaves no batch of {sizes.micro_batch} "
+            f"where an epoch has {sizes.epoch}; leave it out, or take smaller batches"
+        )
 
 
 def total_steps(arguments: "TrainingArguments", sizes: StepSizes) -> int:

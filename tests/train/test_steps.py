@@ -2,7 +2,8 @@
 
 import pytest
 
-from train.steps import StepSizes
+from train.steps import StepSizes, check_batches
+from vlm.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,10 @@ from train.steps import StepSizes
 def test_seen(epoch, micro_batch, accumulation, drop_last, steps, ahead, expected):
     sizes = StepSizes(epoch, micro_batch, accumulation, drop_last)
     assert sizes.seen(steps, ahead) == expected
+
+
+def test_an_epoch_without_a_batch_is_refused():
+    check_batches(StepSizes(24, 50, 1, drop_last=False), "one")
+    check_batches(StepSizes(24, 24, 1, drop_last=True), "one")
+    with pytest.raises(UserError, match="leaves no batch of 50 where an epoch has 24"):
+        check_batches(StepSizes(24, 50, 1, drop_last=True), "one")

@@ -149,7 +149,13 @@ class TransformersEncoder(VisionEncoder[TransformersEncoderConfig]):
         found["image_size"] = _side(_read_config(architecture).image_size)
         if config.image_mean is None or config.image_std is None:
             found |= _read_mean_std(config.source)
-        return fill(config, found)
+        filled, patch = fill(config, found), _side(_read_config(architecture).patch_size)
+        if filled.image_size is not None and filled.image_size < patch:
+            raise UserError(
+                f"vision encoder 'transformers': image_size {filled.image_size} is smaller than a "
+                f"patch of {patch} pixels"
+            )
+        return filled
 
     @classmethod
     def load(cls, config: TransformersEncoderConfig, dtype: torch.dtype) -> Self:

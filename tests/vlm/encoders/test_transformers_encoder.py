@@ -289,3 +289,10 @@ def test_model_of_another_kind(tmp_path):
         UserError, match="is of model type 'llama', which has no adapter; known are"
     ):
         load(tmp_path)
+
+
+def test_a_picture_smaller_than_a_patch_is_refused(encoder_folder):
+    with pytest.raises(UserError, match="image_size 7 is smaller than a patch of 8 pixels"):
+        load_vision_encoder(
+            {"type": "transformers", "source": str(encoder_folder), "image_size": 7}
+        )
