@@ -24,11 +24,13 @@ from train.order import seen_spans
 from train.pack_sampler import PackSampler
 from train.parts import StageParts
 from train.plot import draw_loss
-from train.process import is_main_process, say
+from train.process import is_main_process, keep_freed_memory, say
 from train.recipe import StageRecipe
 from train.trainer import VlmTrainer
 from train.validation import Validation
+from vlm.lean_layers import learn_lean
 from vlm.long_context import context_length
+from vlm.modeling import VlmForConditionalGeneration
 
 LOG_NAME = "training_log.jsonl"
 
@@ -52,6 +54,10 @@ def make_trainer(
         from torch.utils.tensorboard import SummaryWriter
 
         callbacks.append(TensorBoardCallback(SummaryWriter(str(folder / "tensorboard"))))
+    if arguments.device.type == "cpu":
+        keep_freed_memory()
+        if isinstance(parts.model, VlmForConditionalGeneration):
+            learn_lean(parts.model.model.language_model)
     starts = (0, *(change.at_step for change in stage.changes))
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     with whole_models(arguments):

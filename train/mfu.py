@@ -88,25 +88,43 @@ def count_work(config: Any, trained: set[str], adapter: AdapterConfig | None = N
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     size = model.model.vision_tower.image_size
-    rows = [rehearse(model, Sample(((size, size),), n, TEXT // 2), 1) for n in (TEXT, 2 * TEXT)]
+    rows = [
+        rehearse(model, Sample(((size, size),), text, supervised), 1)
+        for text, supervised in ((TEXT, TEXT // 2), (2 * TEXT, TEXT // 2), (TEXT, TEXT))
+    ]
     return solve(*rows)
 
 
-def solve(short: StepCost, long: StepCost) -> BatchWork:
-    """Return what two rows tell that differ in their unsupervised text alone."""
+def solve(short: StepCost, long: StepCost, taught: StepCost) -> BatchWork:
+    """Return what three rows tell.
+
+    Args:
+        short: a row of `TEXT` tokens beside its picture, half of them supervised.
+        long: the same with `TEXT` more that are not.
+        taught: the first with all its text supervised.
+    """
     of_pairs = long.attention - short.attention
     pair = of_pairs / (long.length**2 - short.length**2)
     of_tokens = _of(long, "language_model") - _of(short, "language_model") - of_pairs
     token = of_tokens / (long.length - short.length)
-    text = token * short.length + pair * short.length**2
-    beside = _of(short, "connector") + _of(short, "language_model") - text
+    learnt = (_learnt(taught) - _learnt(short)) / (TEXT // 2)
+    text = token * short.length + pair * short.length**2 + learnt * (TEXT // 2)
+    beside = _of(short, "connector") + _learnt(short) - text
     return BatchWork(
         encoded=_of(short, "vision_tower") / short.views,
         view=beside / short.views,
         token=token,
         pair=pair,
-        learnt=_of(short, LOSS) / (TEXT // 2),
+        learnt=learnt,
     )
+
+
+def _learnt(cost: StepCost) -> int:
+    """Return the operations of all that sees text: the loss, and the language model's layers.
+
+    The last of these works on supervised tokens alone (`vlm/last_layer.py`).
+    """
+    return _of(cost, "language_model") + _of(cost, LOSS)
 
 
 def _of(cost: StepCost, part: str) -> int:

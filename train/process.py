@@ -1,5 +1,6 @@
 """What is set once per process: threads, precision, seeds, and who talks to the terminal?"""
 
+import ctypes
 import gc
 import os
 import random
@@ -47,6 +48,22 @@ def set_up_torch(recipe: "Recipe") -> None:
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     torch.set_float32_matmul_precision(recipe.float32_matmul_precision)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step's tensors leave, which the next step's take again.
+
+    By itself it gives them back to the system, whose pages have to be cleared and mapped again in
+    each step. Tensors of more than 32 MB, the most that it can be told, still come and go. Who has
+    told it something else by MALLOC_... in the environment is left alone.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)
 
 
 def free_memory() -> None:

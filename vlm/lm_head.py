@@ -47,6 +47,15 @@ def logit_transform(text_config: PreTrainedConfig) -> Callable[[Tensor], Tensor]
             return None
 
 
+def supervised(labels: Tensor, new_document: Tensor | None) -> Tensor:
+    """Return (B, L - 1) True where position t is to predict the label of t + 1.
+
+    `labels` (B, L) are IGNORE where nothing is learnt; `new_document` is of `document_starts`.
+    """
+    learnt = labels[:, 1:] != IGNORE
+    return learnt if new_document is None else learnt & ~new_document
+
+
 def supervised_loss(
     hidden: Tensor,
     labels: Tensor,
@@ -83,11 +92,8 @@ def supervised_loss(
             equally often; None: they need not.
         head_weight: (V, E) in place of a plain head's own, see `vlm.tied_head`.
     """
-    targets = labels[:, 1:]
-    if new_document is not None:
-        targets = targets.masked_fill(new_document, IGNORE)
-    learnt = targets != IGNORE
-    rows, targets = hidden[:, :-1][learnt], targets[learnt]  # (R, E), (R,)
+    learnt = supervised(labels, new_document)
+    rows, targets = hidden[:, :-1][learnt], labels[:, 1:][learnt]  # (R, E), (R,)
     scales = None if weights is None else weights[:, 1:][learnt]  # (R,)
 
     if chunk_elements is None:

@@ -26,7 +26,8 @@ from vlm.encoders import VisionEncoder
 from vlm.errors import UserError
 from vlm.hosts import host_shape, linear_of
 from vlm.instructions import IDS, MASK
-from vlm.lm_head import document_starts, logit_transform, supervised_loss
+from vlm.last_layer import LastLayer
+from vlm.lm_head import document_starts, logit_transform, supervised, supervised_loss
 from vlm.on_base import Base, save_trained, stands_on_base
 from vlm.recurrent_lm import check_state_cache
 from vlm.sharding import agreement
@@ -59,6 +60,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
         self._declare_tied_weights()
         self._transform = logit_transform(text)
+        self._last_layer = LastLayer()
         self._is_stateful = self.model.language_model._is_stateful  # no assisted generation then
         self.post_init()
 
@@ -251,9 +253,13 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         Raises:
             UserError: image tokens and image features differ in number.
         """
-        token_embeds, head_weight, agree = None, None, None
+        token_embeds, head_weight, agree, starts = None, None, None, None
         if labels is not None:
             kwargs["use_cache"] = False
+            starts = document_starts(position_ids, attention_mask)
+            if not acts_inside(self.config.connector_config):
+                learnt = supervised(labels, starts)
+                kwargs |= self._last_layer.ask(self.model.language_model, learnt, kwargs)
             agree = agreement(self, labels.device)
             if input_ids is not None and self._transform is None and agree is None:
                 embedding = self.get_input_embeddings()
@@ -282,7 +288,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
                 self.lm_head if self._transform is None else self.compute_logits,
                 self.config.text_config.vocab_size,
                 num_items_in_batch,
-                document_starts(position_ids, attention_mask),
+                starts,
                 loss_weights,
                 agree=agree,
                 head_weight=head_weight,

@@ -26,10 +26,6 @@ VIEW_SIZE, PATCH_SIZE, LEARNING_RATE = 112, 14, 1e-4
 QUESTION_WORDS, ANSWER_WORDS = (8, 30), (12, 60)
 HALF = (0.5, 0.5, 0.5)
 STAGE = "instruct"
-KEEP_PRODUCTS = {
-    "activation_checkpointing": True,
-    "activation_checkpointing_kwargs": {"keep": "products"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +199,6 @@ def recipe_tree(shape: Shape, folder: Path, steps: int) -> dict[str, Any]:
             "max_steps": steps,
             "save_strategy": "no",
             "logging_steps": 1,
-            **KEEP_PRODUCTS,
         },
     }
     return {

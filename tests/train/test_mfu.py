@@ -61,9 +61,11 @@ def test_an_adapters_products_count_and_frozen_weights_save_theirs(make_model):
     connector = {name for name in names if name.startswith("model.connector")}
     plain = count_work(model.config, connector)
     beside = count_work(model.config, connector, AdapterConfig(type="lora", rank=4))
-    # all 7 linear layers of both blocks: width 32, key and value 16, inner 64; forward and back
-    added = 2 * 2 * 4 * 2 * (3 * (32 + 64) + 2 * (32 + 32) + 2 * (32 + 16))
-    assert beside.token - plain.token == added
+    # the linear layers of both blocks: width 32, key and value 16, inner 64; forward and back.
+    # In the last one what comes behind attention sees supervised tokens alone.
+    before, behind = (32 + 32) + 2 * (32 + 16), (32 + 32) + 3 * (32 + 64)
+    assert beside.token - plain.token == 2 * 2 * 4 * (2 * before + behind)
+    assert beside.learnt - plain.learnt == 2 * 2 * 4 * behind
     assert count_work(model.config, names).token == pytest.approx(1.5 * plain.token)
 
 

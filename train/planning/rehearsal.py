@@ -23,6 +23,8 @@ aten = torch.ops.aten
 META = torch.device("meta")
 # Integers of more elements than this lose their values too, such as attention masks (B, 1, L, L).
 MOST_VALUES = 2**20
+# Products that are added to a tensor in place -> the product that torch has a count of.
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 
 
@@ -120,6 +122,7 @@ class Rehearsal(TorchDispatchMode):
         `told` are the arguments with what values they have.
         """
         if _is_view(func):
+            self._count(*_flops(func, *told, None))
             return func(*args, **kwargs)
         key = (func, _key(args), _key(kwargs))
         known = self._shapes.get(key)
@@ -128,13 +131,16 @@ class Rehearsal(TorchDispatchMode):
             known = self._shapes[key] = (_shape_of(out), *_flops(func, *told, out))
         else:
             out = _of_shape(known[0])
-        _, flops, attention = known
+        self._count(*known[1:])
+        return out
+
+    def _count(self, flops: int, attention: int) -> None:
+        """Add an operation's floating point operations to the phase that it is in."""
         if flops:
             # In the backward pass only a checkpoint's second forward runs with gradients enabled.
             again = self.phase == "backward" and torch.is_grad_enabled()
             self.flops["recompute" if again else self.phase, self.part] += flops
             self.attention_flops += 0 if again else attention
-        return out
 
     def _hold(self, out: Any) -> None:
         """Follow storages that are new, until they die."""
@@ -260,7 +266,7 @@ def _of_shape(shape: Any) -> Any:
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
     """Return an operation's floating point operations, and how many of them are attention's."""
-    packet = func.overloadpacket
+    packet = IN_PLACE.get(func.overloadpacket, func.overloadpacket)
     if packet in ATTENTION:
         flops = ATTENTION[packet](*args, **kwargs)
         return flops, flops

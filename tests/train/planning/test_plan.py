@@ -73,8 +73,9 @@ def test_llavas_stages(llava):
 
 def test_llavas_operations(llava):
     cost, rows = llava.stages[0].cost, 32 * 1e12
-    # 2 x parameters x tokens, and attention
-    assert cost.forward["language_model"] / rows == pytest.approx(8.1, rel=0.01)
+    # 2 x parameters x tokens, and attention: 8.1; but the last of 32 layers attends to all tokens
+    # and works on the 5 % that are supervised
+    assert cost.forward["language_model"] / rows == pytest.approx(7.9, rel=0.01)
     assert cost.forward["vision_tower"] / rows == pytest.approx(0.38, rel=0.05)
     assert llava.stages[0].encoder_share == pytest.approx(0.015, abs=0.002)
     assert llava.stages[1].cost.backward["language_model"] == pytest.approx(
@@ -135,10 +136,10 @@ def squeeze(tree):
 def test_what_does_not_fit_gets_advice_until_it_does(squeeze):
     plenty, text = squeeze(1e9)
     assert plenty.fits and not plenty.advice and "does not fit" not in text
-    stage, text = squeeze(0.8 * plenty.memory.total)
+    stage, text = squeeze(0.95 * plenty.memory.total)
     assert not stage.fits
     assert [advice.change for advice in stage.advice] == ["gradient_checkpointing: true"]
-    assert stage.advice[0].memory.total <= 0.8 * plenty.memory.total < stage.memory.total
+    assert stage.advice[0].memory.total <= 0.95 * plenty.memory.total < stage.memory.total
     assert "1. gradient_checkpointing: true" in text
 
 

@@ -128,12 +128,14 @@ def test_operations_of_a_llama_by_hand(both):
     _, hollow = both()
     cost = rehearse(prepare(hollow, ALL), SAMPLE, 3)
     rows, length, width, vocabulary = 3, 36, 32, 262
-    # 2 layers: queries and outputs 32 x 32, keys and values 32 x 16, three of 32 x 64
-    linears = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    forward = 2 * rows * length * linears + LLAMA_ATTENTION
+    supervised = rows * SAMPLE.supervised_tokens - 1  # the last row's last token is padding
+    # queries 32 x 32, keys and values 32 x 16; then outputs 32 x 32 and three of 32 x 64, which in
+    # the last of 2 layers see supervised tokens alone
+    before, behind = 32 * 32 + 2 * 32 * 16, 32 * 32 + 3 * 32 * 64
+    linears = rows * length * (2 * before + behind) + supervised * behind
+    forward = 2 * linears + LLAMA_ATTENTION
     assert cost.forward["language_model"] == forward
     assert cost.backward["language_model"] == 2 * forward
-    supervised = rows * SAMPLE.supervised_tokens - 1  # the last row's last token is padding
     # the head's gradients are computed with its loss
     assert cost.forward["loss"] == 3 * 2 * supervised * width * vocabulary
     assert "loss" not in cost.backward
