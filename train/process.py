@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
     each step. Tensors of more than 32 MB, the most that it can be told, still come and go. Who has
     told it something else by MALLOC_... in the environment is left alone.
     """
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    if os.name != "posix" or any(name.startswith("MALLOC_") for name in os.environ):
         return
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -1,4 +1,4 @@
-"""How does a gated feed-forward layer learn, keeping no more than its gate and its up part?
+"""How does a gated feed-forward layer learn, keeping two wide tensors in place of four?
 
 By itself autograd keeps four tensors of (N, F) for the backward pass: the gate, what the activation
 makes of it, the up part, and the product of the last two. Here the first and the third are kept and
@@ -55,14 +55,22 @@ class GatedParts:
     def are_plain(self) -> bool:
         """Return whether they are linear layers without bias and a known activation, all on a CPU.
 
-        "meta" stands for the CPU where a step is planned.
+        "meta" stands for the CPU where a step is planned. Weights are float32: a lower type would
+        be rounded after each block of rows.
         """
-        return type(self.activation) in ACTIVATIONS and all(
-            isinstance(linear, nn.Linear)
-            and linear.bias is None
-            and is_plain(linear)
-            and linear.weight.device.type in ("cpu", "meta")
-            for linear in (self.gate, self.up, self.down)
+        activation = self.activation
+        watched = activation._forward_hooks or activation._forward_pre_hooks
+        return (
+            type(activation) in ACTIVATIONS
+            and not watched
+            and all(
+                isinstance(linear, nn.Linear)
+                and linear.bias is None
+                and is_plain(linear)
+                and linear.weight.device.type in ("cpu", "meta")
+                and linear.weight.dtype == torch.float32
+                for linear in (self.gate, self.up, self.down)
+            )
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from vlm.hosts import HOSTS, HostFamily, decoder_layers
@@ -59,24 +60,32 @@ class TakeRows:
 
 
 class RowByRow:
-    """At a module that goes token by token: let it see the rows alone."""
+    """At a module that goes token by token: let it see the rows alone.
 
-    def __init__(self, slot: RowsSlot) -> None:
+    `ends` says that it is the layer's last, behind which nobody asks for rows any more.
+    """
+
+    def __init__(self, slot: RowsSlot, ends: bool) -> None:
         self.slot = slot
+        self.ends = ends
 
     def before(self, _: nn.Module, args: tuple) -> Any:
         """Serve as forward pre-hook: (B, L, C) becomes (1, R, C)."""
         if self.slot.rows is None:
             return None
         self.slot.shape = args[0].shape[:-1]
-        return (args[0].flatten(0, -2).index_select(0, self.slot.rows)[None],)
+        rows = self.slot.rows.to(args[0].device)
+        return (args[0].flatten(0, -2).index_select(0, rows)[None],)
 
     def after(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Serve as forward hook: (1, R, E) becomes (B, L, E) with zeros in the other rows."""
         if self.slot.rows is None:
             return None
-        flat = output.new_zeros(self.slot.shape.numel(), output.shape[-1])
-        return flat.index_copy(0, self.slot.rows, output[0]).unflatten(0, self.slot.shape)
+        rows, shape = self.slot.rows.to(output.device), self.slot.shape
+        if self.ends:
+            self.slot.rows = None
+        flat = output.new_zeros(shape.numel(), output.shape[-1])
+        return flat.index_copy(0, rows, output[0]).unflatten(0, shape)
 
 
 class LastLayer:
@@ -87,7 +96,7 @@ class LastLayer:
 
     def __init__(self) -> None:
         self._slot = RowsSlot()
-        self._hooked: dict[str, nn.Module] = {}
+        self._hooked: dict[str, tuple[nn.Module, list[RemovableHandle]]] = {}
 
     def ask(
         self, language_model: PreTrainedModel, learnt: Tensor, options: Mapping[str, Any]
@@ -122,20 +131,24 @@ class LastLayer:
             slot = self._slot if number == len(layers) - 1 else None
             attention = layer.get_submodule(family.attention)
             if self._is_new(f"{number}", attention):
-                attention.register_forward_pre_hook(TakeRows(slot), with_kwargs=True)
-        for path in token_wise(family):
+                take = attention.register_forward_pre_hook(TakeRows(slot), with_kwargs=True)
+                self._hooked[f"{number}"] = attention, [take]
+        out, mlp = token_wise(family)
+        for path in (out, mlp):
             module = layers[-1].get_submodule(path)
             if self._is_new(path, module):
-                hook = RowByRow(self._slot)
-                module.register_forward_pre_hook(hook.before)
-                module.register_forward_hook(hook.after)
+                hook = RowByRow(self._slot, ends=path == mlp)
+                before = module.register_forward_pre_hook(hook.before)
+                self._hooked[path] = module, [before, module.register_forward_hook(hook.after)]
         return True
 
     def _is_new(self, place: str, module: nn.Module) -> bool:
-        """Return whether the module at a place is another than the one with hooks."""
-        if self._hooked.get(place) is module:
+        """Return whether the module at a place is another than the one with hooks, which go."""
+        known, handles = self._hooked.get(place, (None, []))
+        if known is module:
             return False
-        self._hooked[place] = module
+        for handle in handles:  # the module may live on inside the new one
+            handle.remove()
         return True
 
 

@@ -36,6 +36,14 @@ def learn_lean(language_model: PreTrainedModel) -> None:
             _replace(mlp, _gated_forward)
 
 
+def learn_as_usual(language_model: PreTrainedModel) -> None:
+    """Take back what `learn_lean` did."""
+    for module in language_model.modules():
+        own = vars(module).get("forward")
+        if isinstance(own, MethodType) and own.__func__ in (_gated_forward, _norm_forward):
+            del module.forward
+
+
 def _replace(module: nn.Module, forward: Any) -> None:
     """Give a module another forward; a bound method, which copies along with it."""
     module.forward = MethodType(forward, module)

@@ -101,3 +101,22 @@ def test_shown_states_are_whole(make_model, rows, name):
 def test_other_families_see_all_rows():
     model = AutoModel.from_config(AutoConfig.for_model("gpt_neox", **TINY))
     assert not LastLayer().ask(model, torch.ones(1, 4, dtype=torch.bool), {})
+
+
+def test_a_module_that_is_replaced_loses_its_hooks(make_model, rows):
+    """As where an adapter wraps a layer after a pass, is merged, and wraps it again."""
+    model, processor = make_model()
+    batch = processor.collate(rows(processor), "right")
+    expected = step(model, batch)[0]
+    attention = model.model.language_model.layers[-1].self_attn
+    plain = attention.o_proj
+    for module in (torch.nn.Sequential(plain), plain, copy.deepcopy(plain), plain):
+        attention.o_proj = module
+        torch.testing.assert_close(step(model, batch)[0], expected)
+
+
+def test_nothing_stays_behind_a_pass(make_model, rows):
+    model, processor = make_model()
+    model(**processor.collate(rows(processor), "right"))
+    mlp = model.model.language_model.layers[-1].mlp
+    assert mlp(torch.ones(1, 3, 32)).abs().min() > 0

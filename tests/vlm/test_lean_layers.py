@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from vlm import gated_mlp
 from vlm.hosts import HOSTS
-from vlm.lean_layers import learn_lean
+from vlm.lean_layers import learn_as_usual, learn_lean
 
 SIZES = {
     "hidden_size": 16,
@@ -113,7 +113,14 @@ def with_another_activation(model):
     model.layers[0].mlp.act_fn = torch.nn.Tanh()
 
 
-@pytest.mark.parametrize("change", [with_bias, with_a_hook, with_another_activation])
+def with_a_watched_activation(model):
+    model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+
+
+CHANGES = [with_bias, with_a_hook, with_another_activation, with_a_watched_activation]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_plain_goes_its_own_way(change):
     model = language_model("llama")
     change(model)
@@ -135,6 +142,14 @@ def test_mixed_precision_and_no_gradients_go_their_own_way():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(ids)[0], plain(ids)[0])
     assert torch.equal(model.bfloat16()(ids)[0], plain.bfloat16()(ids)[0])
+    assert not step(model)[1]
+
+
+def test_it_can_be_taken_back():
+    model = language_model("llama")
+    learn_lean(model)
+    learn_as_usual(model)
+    assert not step(model)[1]
 
 
 def test_adapters_stay_in_the_layers():

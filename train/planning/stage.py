@@ -24,7 +24,7 @@ from train.planning.skeleton import Skeleton, count_parts, hollow_model, largest
 from train.planning.step import Pack, Sample, StepCost, rehearse
 from train.recipe import StageRecipe, with_place
 from vlm.adapters import is_adapter
-from vlm.lean_layers import learn_lean
+from vlm.lean_layers import learn_as_usual, learn_lean
 from vlm.quantization import Quantization
 
 LORA_RANK = 128  # LLaVA-1.5's finetune_lora.sh
@@ -130,8 +130,9 @@ class StageCosts:
             lower = self.settings.lower
             autocast = getattr(torch, lower) if lower and not cast else None
             gpu, packed = self.reserve > 0, bool(self.stage.packed)
-            if not gpu:
-                learn_lean(model.model.language_model)
+            # a stage beside this one may have the same model
+            learns = learn_as_usual if gpu or autocast is not None else learn_lean
+            learns(model.model.language_model)
             self._known[key] = rehearse(model, sample, setup.rows, packed, autocast, gpu)
         return self._known[key]
 
