@@ -5,13 +5,15 @@
                 so right yellow ball (C)"
     Appear     "see y1 x1 cyan cone y1 x1 , y1 x5 white cube 1 , y3 x5 yellow ball y3 x3 ,
                 y6 x2 cyan ball 2 , so 2 (A)"
-    First      "see white cube y6 x6 2 , cyan ball y1 x2 3 , so 2 white cube (A)"
+    First      "see white cube none y6 x6 y6 x6 2 , cyan ball none none y1 x2 3 ,
+                so 2 white cube (A)"
 
 A reply writes down what must be seen first, then what follows: an object's place at the beginning
 and at the end and where it went ("none": it stayed); what is there at the end, in reading order,
-each with its place at the beginning or, if it had none, the number of the newcomer; in which part
-of the clip (1, 2, 3) an object came. Every step needs the clip or what stands just before, because
-small models learn to look and to copy long before they learn to compare what lies far apart.
+each with its place at the beginning or, if it had none, the number of the newcomer; where an object
+is in each part of the clip (1, 2, 3), and in which it came. Every step needs the clip or what
+stands just before, because small models learn to look and to copy long before they learn to compare
+what lies far apart.
 Wording of options and letters as in `questions.py`.
 """
 
@@ -98,8 +100,10 @@ def part(batch: MovingBatch, row: int, slot: int) -> int:
 
 
 def arrival(batch: MovingBatch, row: int, slot: int) -> str:
-    """Tell where an object appears, and in which part of the clip."""
-    return f"{cell(batch, row, slot, NUM_FRAMES - 1)} {part(batch, row, slot)}"
+    """Tell of each part of the clip where an object is then, or "none", and in which it came."""
+    place, came = cell(batch, row, slot, NUM_FRAMES - 1), part(batch, row, slot)
+    parts = range(1, len(APPEARING_AT) + 1)
+    return " ".join(["none" if number < came else place for number in parts] + [str(came)])
 
 
 def roll_call(batch: MovingBatch, row: int) -> str:
