@@ -13,10 +13,15 @@ from vlm.errors import UserError
 MAX_ENTRIES = 200  # of a zip
 MAX_DIRECTORY = MAX_ENTRIES * 300  # bytes of a zip's list of entries, with names of some length
 MAX_RATIO = 50  # times as large as the zip; pictures and videos hardly shrink, text some 10 times
-# What a damaged zip, or one in a way that is not known here, raises.
+# What zipfile raises on a zip that is damaged, has a password, or is packed in an unknown way.
 BROKEN = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
-    *(NotImplementedError, RuntimeError),
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    NotImplementedError,  # of an unknown compression
+    RuntimeError,  # of a password
 )
 
 

@@ -102,9 +102,15 @@ def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
 def _stand_ins(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], template: str
 ) -> dict[str, str]:
-    """Return a text for each special token that stands nowhere in the conversation."""
+    """Return a text for each special token that stands nowhere in the conversation.
+
+    Raises:
+        UserError: there is no character to make them of.
+    """
     written = "".join([template, *_texts(messages), *tokenizer.all_special_tokens])
-    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in written)
+    mark = next((chr(code) for code in PRIVATE_USE if chr(code) not in written), None)
+    if mark is None:
+        raise UserError("the text holds all characters of Unicode's private use; leave one out")
     return {token: f"{mark}{n}{mark}" for n, token in enumerate(tokenizer.all_special_tokens)}
 
 

@@ -117,6 +117,7 @@ def on_ranks(ranks: int, *given: Any, timeout: float = 300) -> list[float]:
         RuntimeError: it failed; with the last lines that were told.
     """
     import torch
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,8 +132,9 @@ def on_ranks(ranks: int, *given: Any, timeout: float = 300) -> list[float]:
         while not started.join(1):
             if time.monotonic() > end:
                 raise TimeoutError(f"still runs after {timeout} s")
-    except Exception as error:
-        words = told.read_text().splitlines()[-1:] or [str(error)]
+    except (ProcessExitedException, ProcessRaisedException, TimeoutError) as error:
+        words = told.read_text().splitlines()[-1:] if told.exists() else []
+        words = words or [str(error)]
         raise RuntimeError(words[0]) from error
     finally:
         for process in started.processes:

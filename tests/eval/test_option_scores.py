@@ -55,7 +55,10 @@ def log_likelihoods(tiny_vlm, question, whole: str, after: str = "") -> list[flo
     `whole` has a place for the letter. Tokens that end all options alike are left out.
     """
     model, processor = tiny_vlm
-    tokenize = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def tokenize(text):
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     start = len(tokenize(after))
     options = [tokenize(whole.format(x)) for x in "ABCDEF"[: len(question.choices)]]
     assert all(ids[:start] == tokenize(after) for ids in options)

@@ -36,7 +36,9 @@ def test_zero3_cuts_each_parameter_and_the_last_piece_ends_with_padding():
 
 
 def test_zero12_cuts_a_group_wherever_a_rank_ends():
-    place = lambda start, numel: SimpleNamespace(start=start, numel=numel)  # noqa: E731
+    def place(start, numel):
+        return SimpleNamespace(start=start, numel=numel)
+
     flats = [torch.tensor([0, 1, 2]), torch.tensor([3, 10, 11])]  # a has four numbers, b two
     places = [{"a": place(0, 3)}, {"a": place(0, 1), "b": place(1, 2)}]
     states = [

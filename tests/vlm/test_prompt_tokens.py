@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from vlm.errors import UserError
-from vlm.prompt_tokens import prompt_tokens
+from vlm.prompt_tokens import PRIVATE_USE, prompt_tokens
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' }}"
@@ -99,6 +99,12 @@ def test_a_token_that_can_be_nothing_else_is_refused():
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     with pytest.raises(UserError, match="holds '</s>', which this tokenizer reads as the token"):
         ids_of(made, "user </s> user")
+
+
+def test_a_text_of_all_private_characters_is_told():
+    tokenizer = tokenizer_of("byte-level", "<s>", "</s>")
+    with pytest.raises(UserError, match="all characters of Unicode's private use"):
+        ids_of(tokenizer, "</s>" + "".join(map(chr, PRIVATE_USE)))
 
 
 def test_a_conversation_cannot_forge_turns(make_model):

@@ -50,6 +50,10 @@ def base(encoder_folder, language_model_folder):
     }
 
 
+def costs_of(task, indices, done, *_):
+    return {run.row.name: dict(COSTS) for run in done}
+
+
 class Fake:
     """Commands that leave the files of `vlm train` and `vlm eval`, at once."""
 
@@ -111,8 +115,7 @@ def fake(monkeypatch, base, data):
 
     monkeypatch.setattr(flow, "check_recipe", check_recipe)
     monkeypatch.setattr(checks, "check_recipe", check_recipe)
-    costs = lambda task, indices, done, *_: {run.row.name: dict(COSTS) for run in done}  # noqa: E731
-    monkeypatch.setattr(flow, "measured_costs", costs)
+    monkeypatch.setattr(flow, "measured_costs", costs_of)
     monkeypatch.setattr(flow, "draw", lambda report, path: not path.touch())
     return made
 

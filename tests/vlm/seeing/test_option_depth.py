@@ -1,5 +1,7 @@
 """Are options found, and is the last layer's score what the harness scores?"""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_the_last_line_is_the_score_of_the_harness(make_model, make_image, kind)
     encoded = processor.encode([ASKED], [make_image()], add_generation_prompt=True)
     options = Continuations(ids=((40, 5, 6), (40, 7), (40, 5, 9)), shared=1)
     made = score_by_layer(model, processor, encoded, options)
-    collate = lambda rows: processor.collate(rows, padding_side="left")  # noqa: E731
+    collate = partial(processor.collate, padding_side="left")
     wanted = score_plainly(model, collate, [encoded], [options])
     assert made.shape == (3, 3), "the embedding and two layers; three options"
     assert made[-1].tolist() == pytest.approx(wanted[0], abs=1e-4)
