@@ -25,14 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the recipe and run it, or only check it."""
-    from train.process import is_lost_peer
     from train.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)  # before the rest, whose import takes seconds
+
+    from train.process import is_lost_peer
     from train.run import check
     from train.run import run as run_recipe
     from vlm.errors import UserError
     from vlm.yaml_values import to_text
 
-    recipe = load_recipe(args.recipe, args.overrides)
     if args.check:
         check(recipe, only=args.stage)
         print(to_text(recipe.to_dict()), end="")

@@ -223,16 +223,24 @@ def measure(model: BagLlama, data: TextBatches, batches: int = 12) -> dict[str, 
 
 
 def write(model: BagLlama, rows: list[tuple[list[list[int]], list[int]]]) -> list[list[int]]:
-    """Return what the model writes, greedily, at the places of each row that have labels."""
+    """Return what the model writes, greedily, at the places of each row that have labels.
+
+    All places are guessed at once from what stands before them, first the truth and then the
+    guesses, until no guess changes: each is then the likeliest after those before it (Jacobi
+    decoding, arXiv:2305.10427). Where the model is right, that takes one pass for all tokens.
+    """
     bags = [list(row) for row, _ in rows]
     places = [[i for i, label in enumerate(labels) if label != IGNORE] for _, labels in rows]
-    starts = np.cumsum([0, *(len(row) for row in bags[:-1])])
-    for turn in range(max(len(place) for place in places)):
-        at = [place[min(turn, len(place) - 1)] for place in places]
+    starts = np.cumsum([0, *(len(row) for row in bags[:-1])]).tolist()
+    slots = [(number, i) for number, place in enumerate(places) for i in place]
+    before = [starts[number] + i - 1 for number, i in slots]
+    for _ in range(max(map(len, places))):  # after so many passes all are final
         packed = pack([(row, [IGNORE] * len(row)) for row in bags])
         hidden = model.hidden(packed["bags"], packed["position_ids"])[0]
-        guesses = model.lm_head(hidden[starts + np.array(at) - 1]).argmax(-1)
-        for row, place, i, guess in zip(bags, places, at, guesses.tolist(), strict=True):
-            if turn < len(place):
-                row[i] = [guess]
+        guesses = model.lm_head(hidden[before]).argmax(-1).tolist()
+        known = [bags[number][i][0] for number, i in slots]
+        if guesses == known:
+            break
+        for (number, i), guess in zip(slots, guesses, strict=True):
+            bags[number][i] = [guess]
     return [[row[i][0] for i in place] for row, place in zip(bags, places, strict=True)]

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from data_recipes.scenes.questions import Question
 from train.base.corpus import KINDS, Document, comparisons, differences, documents, split_reply
@@ -169,18 +169,40 @@ def test_what_the_model_writes_is_judged_not_what_it_is_given(trained):
     bags, labels = [[5], [6], [8], [9], [7]], [IGNORE, IGNORE, 8, IGNORE, 7]
     (written,) = write(model, [(bags, labels)])
 
-    def hidden(bags):
-        return model.hidden(torch.tensor([bags]), torch.arange(len(bags))[None])
-
-    with torch.no_grad():
-        first = int(model.lm_head(hidden([[5], [6]]))[0, -1].argmax())
-        second = int(model.lm_head(hidden([[5], [6], [first], [9]]))[0, -1].argmax())
+    first = next_word(model, torch.tensor([[5, 6]]))
+    second = next_word(model, torch.tensor([[5, 6, first, 9]]))
     assert written == [first, second]
 
 
-def test_attention_starts_by_looking_for_its_own_words():
-    from transformers import LlamaConfig
+def next_word(model, ids):
+    """The likeliest word after some, (1, L)."""
+    with torch.no_grad():
+        hidden = model.hidden(ids[..., None], torch.arange(ids.shape[1])[None])
+        return int(model.lm_head(hidden)[0, -1].argmax())
 
+
+def test_many_words_are_written_as_one_after_the_other():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=40, initializer_range=0.5, **SETTINGS.llama)
+    model = BagLlama(config).eval()
+    use_packed_attention(model.model)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (5, 17, 9):
+        ids = torch.randint(40, (length,), generator=generator).tolist()
+        rows.append(([[i] for i in ids], [IGNORE, IGNORE, *ids[2:-1], IGNORE]))
+    rows.insert(1, ([[3], [4]], [IGNORE, IGNORE]))
+    written = write(model, rows)
+    assert written != [[i for i in labels if i != IGNORE] for _, labels in rows]
+    for (bags, labels), words in zip(rows, written, strict=True):
+        ids = torch.tensor([[bag[0] for bag in bags]])
+        for i, label in enumerate(labels):
+            if label != IGNORE:
+                ids[0, i] = next_word(model, ids[:, :i])
+        assert ids[0][[label != IGNORE for label in labels]].tolist() == words
+
+
+def test_attention_starts_by_looking_for_its_own_words():
     torch.manual_seed(0)
     model = BagLlama(LlamaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1,
                                  intermediate_size=64, num_attention_heads=1,
