@@ -19,8 +19,6 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-# The tests are many small processes: one thread each is fastest. They never reach for the network.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart setup dev extras test lint format clean
@@ -40,7 +38,7 @@ extras: .venv/.core  ## Add EXTRAS=train,eval,demo to the environment
 	$(PIP) --quiet --no-build-isolation --editable '.[$(EXTRAS)]'
 
 test: .venv/.dev  ## Run the tests on two cores
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: .venv/.dev  ## ruff, ruff format, pyright, import-linter: all of them, then fail if any did
 	@status=0; \

@@ -15,11 +15,32 @@ import pytest
 import torch
 import yaml
 
+from train.mfu import Meter
 from vlm.cli import main
 
 QFORMER = {"type": "qformer", "num_queries": 4, "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
 QFORMER |= {"feed_forward_dim": 32, "max_num_positions": 20, "vocab_size": 60, "dropout": 0.0}
 COLORS, THINGS = ("red", "blue", "green", "grey"), ("ball", "cube", "cone", "box", "pen", "cup")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Leave what was imported for the tests before out of a stage's collections of garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def shown() -> None:
+    """Ask for it to have stages draw their plots and count their operations."""
+
+
+@pytest.fixture(autouse=True)
+def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stages draw and count nothing, which takes a third of ones so short, unless asked to."""
+    if "shown" not in request.fixturenames:
+        monkeypatch.setattr("train.loop.draw_loss", lambda *_: None)
+        monkeypatch.setattr("train.loop.make_meter", lambda *_: Meter(None))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText
 
 from train.callbacks import read_log
 from train.engine import LEVELS, check_engine, set_up_fsdp
-from train.mfu import Meter
 from vlm.cli import main
 from vlm.errors import UserError
 from vlm.loading import load_model
@@ -39,13 +38,6 @@ def words_for(recipe, folder, size, stages=STAGES, **training):
     training = {"per_device_train_batch_size": size, **training}
     pairs = [(f"--stages.{s}.training.{k}", str(v)) for s in stages for k, v in training.items()]
     return [recipe, "--output_dir", str(folder), *(word for pair in pairs for word in pair)]
-
-
-@pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    """Draw no plots and count no operations, which take a third of such short stages."""
-    monkeypatch.setattr("train.loop.draw_loss", lambda *_: None)
-    monkeypatch.setattr("train.loop.make_meter", lambda *_: Meter(None))
 
 
 @pytest.fixture

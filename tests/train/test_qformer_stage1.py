@@ -20,7 +20,9 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_first_stage_then_the_second(two_stages, write_recipe, tmp_path, capsys, encoder_folder):
+def test_first_stage_then_the_second(
+    two_stages, write_recipe, tmp_path, capsys, encoder_folder, shown
+):
     two_stages["stages"][0]["objective"]["held_out"] = [
         {"name": "last", "path": str(tmp_path / "held_out.json"), "cap": 10, "take": "end"}
     ]

@@ -76,7 +76,7 @@ def test_killed_run_equals_one_left_alone(
     assert [manifest["records"] for manifest in manifests] == [expected, expected]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(long_tree, write_recipe, tmp_path, capsys):
+def test_ctrl_c_saves_and_says_how_to_go_on(long_tree, write_recipe, tmp_path, capsys, shown):
     long_tree["stages"][0]["training"] |= {"max_steps": 100_000, "dataloader_num_workers": 0}
     recipe, folder = write_recipe(long_tree), tmp_path / "run" / "instruct"
     before = signal.getsignal(signal.SIGINT)  # ignored where a shell runs the tests with &

@@ -27,7 +27,7 @@ def changed_parts(before, after):
     }
 
 
-def test_two_stages(tree, write_recipe, tmp_path, capsys):
+def test_two_stages(tree, write_recipe, tmp_path, capsys, shown):
     run_folder = tmp_path / "run"
     align, instruct = run_folder / "align", run_folder / "instruct"
     assert main(["train", str(write_recipe(tree))]) == 0
