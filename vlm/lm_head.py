@@ -15,9 +15,13 @@ from transformers import PreTrainedConfig
 from vlm.head_loss import is_plain, linear_loss
 from vlm.processing import IGNORE
 
-# Logits held at once, in elements: 128 MB in float32 on a CPU, 256 MB elsewhere, where products of
-# few rows are slow.
-CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 2**25, 2**26
+
+def usual_chunk_elements(on_gpu: bool) -> int:
+    """Return how many logits a loss holds at once: 256 MiB, on a CPU 128 MiB in float32.
+
+    On a GPU products of few rows are slow.
+    """
+    return 2**26 if on_gpu else 2**25
 
 
 def logit_transform(text_config: PreTrainedConfig) -> Callable[[Tensor], Tensor] | None:
@@ -71,7 +75,7 @@ def supervised_loss(
     """Return the next-token cross-entropy over the supervised positions only.
 
     Rows whose next label is IGNORE never reach the head, and the others go through it in chunks, so
-    that neither pass holds the logits of more than `chunk_elements`. A plain linear head's gradient
+    that neither pass holds more than `chunk_elements` logits. A plain linear head's gradient
     is computed with its loss (`vlm.head_loss`); with another head and more than one chunk, each is
     computed again in the backward pass. The head runs at least once, on no rows if need be: other
     processes may wait for its weights or for their gradients.
@@ -97,7 +101,7 @@ def supervised_loss(
     scales = None if weights is None else weights[:, 1:][learnt]  # (R,)
 
     if chunk_elements is None:
-        chunk_elements = CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS
+        chunk_elements = usual_chunk_elements(hidden.device.type != "cpu")
     size = max(1, chunk_elements // vocab_size)
     if num_items is None:
         num_items = max(1, len(rows)) if scales is None else scales.sum().clamp(min=1)

@@ -61,6 +61,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
         self._declare_tied_weights()
         self._transform = logit_transform(text)
         self._last_layer = LastLayer()
+        self.chunk_elements: int | None = None  # see `supervised_loss`
         self._is_stateful = self.model.language_model._is_stateful  # no assisted generation then
         self.post_init()
 
@@ -290,6 +291,7 @@ class VlmForConditionalGeneration(VlmPreTrainedModel, GenerationMixin):
                 num_items_in_batch,
                 starts,
                 loss_weights,
+                self.chunk_elements,
                 agree=agree,
                 head_weight=head_weight,
             )

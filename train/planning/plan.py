@@ -30,7 +30,7 @@ from train.planning.stage import StageCosts
 from train.planning.step import Sample, StepCost, plan_views
 from train.recipe import Recipe, StageRecipe
 from vlm.errors import UserError
-from vlm.lm_head import CHUNK_ELEMENTS
+from vlm.lm_head import usual_chunk_elements
 from vlm.long_context import context_length
 from vlm.quantization import Quantization
 from vlm.tiling import Size
@@ -314,7 +314,7 @@ def _assumptions(
         yield "the tokenizer is not here: the vocabulary is the language model's, without <image>"
     yield (
         "attention by fused kernels, rows of a batch equally long; loss on supervised rows in "
-        f"chunks of {CHUNK_ELEMENTS:,} logits"
+        f"chunks of {usual_chunk_elements(options.reserve > 0):,} logits"
     )
     if options.reserve:
         yield f"{options.reserve / GIB:g} GiB of each GPU for CUDA, NCCL and the allocator's holes"

@@ -25,6 +25,7 @@ from train.planning.step import Pack, Sample, StepCost, rehearse
 from train.recipe import StageRecipe, with_place
 from vlm.adapters import is_adapter
 from vlm.lean_layers import learn_as_usual, learn_lean
+from vlm.lm_head import usual_chunk_elements
 from vlm.quantization import Quantization
 
 LORA_RANK = 128  # LLaVA-1.5's finetune_lora.sh
@@ -133,6 +134,7 @@ class StageCosts:
             # a stage beside this one may have the same model
             learns = learn_as_usual if gpu or autocast is not None else learn_lean
             learns(model.model.language_model)
+            model.chunk_elements = usual_chunk_elements(gpu)
             self._known[key] = rehearse(model, sample, setup.rows, packed, autocast, gpu)
         return self._known[key]
 

@@ -282,6 +282,27 @@ def test_a_cpu_attends_by_document_and_has_no_reserve(tree, write_recipe, capsys
     assert stages[0]["cost"]["attention"] == stages[1]["cost"]["attention"]
 
 
+def test_a_cpus_loss_holds_as_many_logits_as_on_a_cpu(tree, write_recipe, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["plan", str(write_recipe(tree)), "--json", "--stage", "instruct", "--gpu", "CPU"]
+    activations = []
+    for rows in (1, 1000):
+        monkeypatch.setattr(
+            "train.planning.stage.usual_chunk_elements",
+            lambda on_gpu, rows=rows: rows * (10**6 if on_gpu else 259),
+        )
+        assert vlm_cli.main(words) == 0
+        told = json.loads(capsys.readouterr().out)
+        activations.append(told["stages"][0]["memory"]["activations"])
+    assert activations[0] < activations[1]
+    monkeypatch.undo()
+    recipe = load_recipe(words[1])
+    for reserve, logits in ((0, "33,554,432"), (RESERVE, "67,108,864")):
+        assert f"chunks of {logits} logits" in " ".join(
+            make_plan(recipe, options(reserve=reserve)).assumptions
+        )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
