@@ -60,6 +60,7 @@ def serving(
 
     from demo.gate import Gate
     from demo.page import CSS, SCRIPT, build_page
+    from demo.sample_questions import FOLDER
     from demo.talk import Served, Talks
 
     talks = Talks(limits.max_visitors)
@@ -82,6 +83,7 @@ def serving(
                 show_error=False,
                 inbrowser=False,
                 max_file_size=limits.max_file_bytes,
+                allowed_paths=[str(FOLDER)],  # wherever the command is given
                 footer_links=[],
                 run_history=False,
                 ssr_mode=False,

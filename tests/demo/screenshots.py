@@ -1,10 +1,11 @@
-"""How does the page look? Draw docs/demo*.png anew, from a model of the quickstart.
+"""How does the page look? Take docs/demo*.png, sees.png and compare.png anew.
 
-    python tests/demo/screenshots.py runs/quickstart/vlm/instruct --clip CLIP
-    python tests/demo/screenshots.py runs/scenes-video/watch --clip CLIP --only demo-video
+    python tests/demo/screenshots.py runs/quickstart/vlm/instruct
+    python tests/demo/screenshots.py runs/scenes-video/watch --only demo-video
+    python tests/demo/screenshots.py runs/quickstart/vlm/instruct --compare MODEL2
 
-CLIP is runs/quickstart/moving/test/appear_00008.mp4, the first of the benchmark's in which two
-objects appear, whatever the model says of it; the page names the model by its folder below runs/.
+The clip is the first of the benchmark's in which two objects appear, whatever the model says of it;
+the page names the model by its folder below runs/.
 """
 
 import argparse
@@ -22,11 +23,13 @@ from demo.sample_questions import SAMPLES
 from demo.server import Address, serving
 from vlm.loading import load_model
 
+CLIP = "runs/quickstart/moving/test/appear_00008.mp4"
 WATCH = (
     "How many objects appear in the course of the video? Select from the following choices.\n"
     "(A) 0\n(B) 1\n(C) 2\n(D) 3"
 )
 WIDE = {"viewport": {"width": 1100, "height": 720}}
+WIDER = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 390, "height": 760}, "is_mobile": True, "has_touch": True}
 
 
@@ -45,6 +48,23 @@ def ask(page: Page, question: str, *files: Path) -> None:
 def one_picture(page: Page, clip: Path) -> None:
     """A sample question and its answer."""
     page.locator("#chat .example").nth(1).click()
+    page.wait_for_selector("#chat [aria-label=Retry]")
+    page.wait_for_selector("#box .submit-button")
+
+
+def sees(page: Page, clip: Path) -> None:
+    """A sample question of counting, and where the model looked at the answer's second word."""
+    page.click("#see")
+    page.locator("#chat .example").nth(0).click()
+    page.wait_for_selector("#heat img")
+    page.wait_for_selector("#box .submit-button")
+    page.locator("#words input").nth(2).check()
+    page.wait_for_selector("#heat img[alt*='for “y']")
+
+
+def both(page: Page, clip: Path) -> None:
+    """A sample question about places, answered by two models."""
+    page.locator("#chat .example").nth(2).click()
     page.wait_for_selector("#chat [aria-label=Retry]")
     page.wait_for_selector("#box .submit-button")
 
@@ -77,6 +97,8 @@ SHOTS: dict[str, tuple[dict[str, Any], Callable[[Page, Path], None]]] = {
     "demo-error": (WIDE, error),
     "demo-phone": (PHONE, one_picture),
     "demo-dark": (WIDE | {"color_scheme": "dark", "locale": "zh-CN"}, empty),
+    "sees": (WIDER, sees),
+    "compare": (WIDER, both),
 }
 
 
@@ -84,22 +106,24 @@ def main() -> None:
     """Serve the model and take the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--clip", type=Path, required=True)
+    parser.add_argument("--compare", metavar="MODEL2", help="take compare.png alone")
+    parser.add_argument("--clip", type=Path, default=Path(CLIP))
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--only", choices=SHOTS, nargs="*", default=list(SHOTS))
+    parser.add_argument("--only", choices=SHOTS, nargs="*", help="default: all of one model")
     args = parser.parse_args()
-    model, processor = load_model(args.model)
-    title = args.model.removeprefix("runs/")
+    names = [args.model, *([args.compare] if args.compare else [])]
+    first, *other = [(name.removeprefix("runs/"), *load_model(name)) for name in names]
+    shots = ["compare"] if args.compare else args.only or [n for n in SHOTS if n != "compare"]
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(title, model, processor, Limits(), Address()) as url,
+        serving(*first, Limits(), Address(), *other) as url,
         sync_playwright() as playwright,
     ):
         clip = Path(shutil.copy(args.clip, folder))
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         path = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = playwright.chromium.launch(executable_path=path, args=flags)
-        for name in args.only:
+        for name in shots:
             options, act = SHOTS[name]
             page = browser.new_context(**options).new_page()
             page.goto(url)

@@ -29,7 +29,8 @@ def test_the_language_is_the_browsers():
     assert {header: language_of(header) for header in wanted} == wanted
 
 
-def test_a_chinese_browser_gets_a_chinese_page(demo, open_page):
+def test_a_chinese_browser_gets_a_chinese_page(demo, open_page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # gradio shows no sample's picture from above the working folder
     demo.voice.say("Hao", end=True)
     page = open_page(locale="zh-CN")
     page.get_by_text("给一张图片或一段视频，提一个问题").wait_for()
