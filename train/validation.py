@@ -2,6 +2,7 @@
 
 It is the mean over their supervised tokens, of all processes. It draws no random number, takes the
 records in one order and leaves no trace in the training: losses and weights are those without it.
+What text and headers tell of records that cannot be used is told before the training begins.
 """
 
 import math
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from data_recipes.dataset import IGNORED, ConversationDataset
+from data_recipes.dataset import IGNORED, ConversationDataset, Skipped
+from data_recipes.lengths import RecordLengths
+from train.process import say
 from train.trainer import VlmTrainer
+from vlm.errors import UserError
 
 
 def batches_of_rank(size: int, batch: int, rank: int, world: int) -> list[tuple[list[int], bool]]:
@@ -36,6 +40,31 @@ def batches_of_rank(size: int, batch: int, rank: int, world: int) -> list[tuple[
     return [(batches[min(n, len(batches) - 1)], n < len(batches)) for n in own]
 
 
+def check_records(dataset: ConversationDataset, workers: int) -> None:
+    """Look at all records as far as it goes without decoding a picture.
+
+    Args:
+        dataset: the held-out records.
+        workers: processes that count tokens not counted before.
+
+    Raises:
+        UserError: one cannot be used, or is too long, and `on_error` is "raise"; or all are so.
+    """
+    lengths = RecordLengths(dataset, workers, progress=True)
+    counts = lengths(0, len(dataset))
+    lengths.save()
+    most = dataset.max_length or counts.max()
+    unusable = ((counts == 0) | (counts > most)).nonzero()[0].tolist()
+    if not unusable:
+        return
+    try:
+        first = dataset[unusable[0]]
+    except UserError as error:
+        raise UserError(f"validation: {error}") from error
+    if len(unusable) == len(dataset) and isinstance(first, Skipped):
+        raise UserError(f"validation: no record can be used; the first: {first.reason}")
+
+
 class Validation(TrainerCallback):
     """Measures every n steps and at the last one, and adds the loss to the log's line.
 
@@ -44,6 +73,9 @@ class Validation(TrainerCallback):
         dataset: the records; each is seen once.
         collate: makes batches of its items.
         every: optimizer steps.
+
+    Raises:
+        UserError: see `check_records`.
     """
 
     def __init__(
@@ -55,7 +87,9 @@ class Validation(TrainerCallback):
     ) -> None:
         self.trainer = trainer
         self.every = every
+        self.told = False
         args = trainer.args
+        check_records(dataset, args.dataloader_num_workers)
         share = batches_of_rank(
             len(dataset), args.eval_batch_size, args.process_index, args.world_size
         )
@@ -80,22 +114,36 @@ class Validation(TrainerCallback):
 
     @torch.no_grad()
     def measure(self) -> float:
-        """Return the mean loss of a supervised token."""
+        """Return the mean loss of a supervised token; records left out are told once.
+
+        Raises:
+            UserError: no record can be used.
+        """
         model = cast(nn.Module, self.trainer.model)
         model.eval()  # a training step sets it back
-        total = torch.zeros(2, dtype=torch.float64, device=self.trainer.args.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.trainer.args.device)
+        skipped: list[Skipped] = []
         for batch, counts in zip(self.loader, self.counts, strict=True):
             summed = self._sum(model, batch)
             if counts:
                 total += summed
+                skipped += batch["skipped"]
         total = cast(Tensor, self.trainer.accelerator.reduce(total, "sum"))
-        return (total[0] / total[1].clamp(min=1)).item()
+        loss, tokens, lost = total.tolist()
+        if not tokens:
+            raise UserError("validation: no record can be used; `vlm data check` tells why")
+        if lost and not self.told:
+            reason = f", such as {skipped[0].reason}" if skipped else ""
+            say(f"validation: {lost:.0f} records cannot be used and are left out{reason}")
+            self.told = True
+        return loss / tokens
 
     def _sum(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Return (2,): the summed loss of a batch, and how many tokens it is of."""
+        """Return (3,): a batch's summed loss, its supervised tokens, and the records it lacks."""
         known = ("skipped", "record_ids")
         inputs = self.trainer._prepare_inputs({k: v for k, v in batch.items() if k not in known})
         with self.trainer.compute_loss_context_manager():
             loss = model(**inputs, num_items_in_batch=1).loss
         tokens = (inputs["labels"][..., 1:] != IGNORED).sum()
-        return torch.stack([loss.double(), tokens.double()])
+        lost = tokens.new_tensor(len(batch["skipped"]))
+        return torch.stack([loss.double(), tokens.double(), lost.double()])

@@ -1,5 +1,7 @@
 """Is the loss on held-out records right, and does measuring it leave no trace in the training?"""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -79,6 +81,61 @@ def test_it_leaves_no_trace(measured, write_recipe, tmp_path):
         for name in ("with", "without")
     ]
     assert weights[0] == weights[1]
+
+
+@pytest.fixture
+def held_out(measured, tmp_path, make_image):
+    """The stage's records and what a test adds: a reply that is too long, a picture cut short."""
+    rows = json.loads((tmp_path / "data.json").read_text())[:6]
+    path = tmp_path / "held_out.json"
+    make_image(64, 64).save(tmp_path / "cut.jpg")  # whose header tells nothing of its end
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-400])
+    source = {"name": "held", "path": str(path)}
+    measured["stages"][0]["validation"]["data"] = {"sources": [source], "on_error": "skip"}
+    turns = rows[0]["conversations"]
+    reply = {"from": "gpt", "value": "b" * 3000}
+    odd = {
+        "long": {**rows[0], "id": "long", "conversations": [turns[0], reply]},
+        "cut": {**rows[0], "id": "cut", "image": "cut.jpg"},
+    }
+
+    def write(*names, keep=6):
+        path.write_text(json.dumps([*rows[:keep], *(odd[name] for name in names)]))
+
+    return write
+
+
+def test_records_that_cannot_be_used_are_told_and_not_counted(
+    measured, held_out, write_recipe, tmp_path, capsys
+):
+    held_out("long", "cut")
+    recipe = write_recipe(measured)
+    log = log_of(recipe, tmp_path / "a")
+    told = capsys.readouterr().out
+    assert told.count("validation: 2 records cannot be used and are left out, such as") == 1
+    held_out()
+    assert log_of(recipe, tmp_path / "b")[-1]["validation_loss"] == pytest.approx(
+        log[-1]["validation_loss"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "keep", "on_error", "message"),
+    [
+        (["long"], 6, "raise", r"validation: .*\(id 'long'\).*the conversation takes 3"),
+        (["long"], 0, "skip", "validation: no record can be used; the first: .*takes 3"),
+        (["cut"], 0, "skip", "validation: no record can be used; `vlm data check`"),
+    ],
+)
+def test_without_a_record_to_measure_nothing_is_told_as_a_loss(
+    names, keep, on_error, message, measured, held_out, write_recipe, tmp_path, capsys
+):
+    held_out(*names, keep=keep)
+    measured["stages"][0]["validation"]["data"]["on_error"] = on_error
+    assert main(["train", str(write_recipe(measured))]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    begun = (tmp_path / "run" / "instruct" / "training_log.jsonl").exists()
+    assert begun == (names == ["cut"]), "what headers tell is told before the first step"
 
 
 MISTAKES = {
