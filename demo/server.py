@@ -82,7 +82,7 @@ def serving(
                 quiet=True,
                 show_error=False,
                 inbrowser=False,
-                max_file_size=limits.max_file_bytes,
+                max_file_size=limits.max_upload_bytes,  # a saved conversation holds several files
                 allowed_paths=[str(FOLDER)],  # wherever the command is given
                 footer_links=[],
                 run_history=False,

@@ -121,12 +121,13 @@ def test_a_server_that_is_sent_bad_files_answers_others(demo):
         files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
         return demo.call("_post", [{"text": "What?", "files": files}, "", None, 0], session)
 
-    for case in ("a decompression bomb", "a renamed executable", "an SVG with a script, renamed"):
+    cases = ("a decompression bomb", "a renamed executable", "an SVG with a script, renamed")
+    for case in (*cases, "a large file"):
         name, make, words = REFUSED[case]
         answer = post("bad", name, make())
         assert words in answer["error"] and str(demo.folder) not in str(answer)
         assert "Traceback" not in str(answer)
-    assert upload(demo, "big.png", bytes(2_000_000)) == [], "larger than max_file_mb"
+    assert upload(demo, "big.png", bytes(5_000_000)) == [], "larger than a whole conversation"
     message = post("good", "cat.png", picture())["data"][1][0]
     shown = httpx.get(f"{demo.url}gradio_api/file={message['content'][0]['file']['path']}")
     assert shown.headers["content-type"] == "image/png"
