@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 
 def test_the_panel_follows_the_answers_and_the_chosen_word(
     demo, open_page, make_image, tmp_path: Path
@@ -36,3 +38,25 @@ def test_the_panel_follows_the_answers_and_the_chosen_word(
     page.get_by_text("The answer names no boxes.").wait_for()
     page.click("#see")
     page.wait_for_selector("#seeing", state="hidden")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1100, 760), (1600, 900)])
+def test_the_heat_map_of_two_pictures_lies_on_the_page(
+    demo, open_page, make_image, tmp_path: Path, width: int, height: int
+):
+    paths = [tmp_path / "cat.png", tmp_path / "dog.png"]
+    for path in paths:
+        make_image(64, 48).save(path)
+    demo.voice.say("yes", end=True)
+    page = open_page(viewport={"width": width, "height": height})
+    page.click("#see")
+    page.set_input_files("#box [data-testid=file-upload]", [str(path) for path in paths])
+    page.locator("#box .thumbnail-item").nth(1).wait_for()
+    page.wait_for_function("() => !document.querySelector('#box .loader')")
+    page.fill("#box textarea", "Where?")
+    page.press("#box textarea", "Enter")
+    page.wait_for_selector("#heat img[alt*='for the whole answer']")
+    for selector in ("#heat img", "#seeing [role=tab]"):
+        box = page.locator(selector).first.bounding_box()
+        assert box["x"] + box["width"] <= width, f"{selector} is beside the window"
+        assert box["y"] < height
