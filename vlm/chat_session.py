@@ -48,7 +48,7 @@ class Sampling:
             return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return options | {
             "do_sample": True,
-            "temperature": self.temperature,
+            "temperature": float(self.temperature),  # transformers refuses an int, such as 2
             "top_p": self.top_p,
             "top_k": 0,
         }
