@@ -154,8 +154,9 @@ class Handlers:
         if talk.chat.fit_videos(talk.question) is not None:
             gr.Info(say(words, "frames_left_out", kept=_most_frames(talk), **known))
         last, talk.answering = 0.0, True
+        question, asked = talk.question, talk.asked
         try:
-            with closing(talk.chat.ask(talk.question)) as pieces:
+            with closing(talk.chat.ask(question)) as pieces:
                 for _ in pieces:
                     talk.question = None  # it is part of the conversation now
                     if talk.stopped:
@@ -163,6 +164,10 @@ class Handlers:
                     if time.monotonic() - last > SECONDS_BETWEEN_UPDATES:
                         yield shown(talk, words), gr.skip()
                         last = time.monotonic()
+        except Exception:
+            if talk.asked is asked:  # or a new chat began meanwhile
+                talk.question = question
+            raise
         finally:
             talk.answering = False
         talk.question = None  # also where the reply is empty

@@ -156,7 +156,8 @@ class ChatSession:
     def ask(self, text: str) -> Generator[str]:
         """Add a question and yield the reply in pieces; the reply is kept, even if cut short.
 
-        Closing the iterator stops the model. Videos are shown with as many frames as fit.
+        Closing the iterator stops the model. Videos are shown with as many frames as fit. Where the
+        model fails, the question is taken back, and its pictures wait again.
 
         Raises:
             UserError: the conversation cannot be encoded or is too long; the question is not kept.
@@ -167,10 +168,16 @@ class ChatSession:
         messages = [*self.messages, question]
         inputs = self._encode(messages, [medium for _, medium in images])
         reply = _message("assistant", "")
-        self.messages, self.images, self.waiting = [*messages, reply], images, []
-        for piece in self._stream(inputs):
-            reply["content"][0]["text"] += piece
-            yield piece
+        before = self.messages, self.images, self.waiting
+        self.messages, self.images, self.waiting = asked = [*messages, reply], images, []
+        try:
+            for piece in self._stream(inputs):
+                reply["content"][0]["text"] += piece
+                yield piece
+        except Exception:
+            if self.messages is asked[0]:  # or another thread began anew meanwhile
+                self.messages, self.images, self.waiting = before
+            raise
 
     def stop(self) -> None:
         """End the reply that another thread is asking for; what was said is kept."""

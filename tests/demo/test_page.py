@@ -212,10 +212,11 @@ def test_a_refused_file_is_told_and_the_question_stays(demo, open_page, pictures
     assert page.locator("#chat .message img").count() == 1
 
 
-def test_errors_are_one_sentence(demo, open_page, capfd):
+def test_errors_are_one_sentence(demo, open_page, pictures, capfd):
     demo.voice.say("never")
     demo.voice.fail = True
     page = open_page()
+    attach(page, pictures[:1])
     ask(page, "Fail, please.")
     toast = page.locator("[data-testid=toast-body]")
     toast.wait_for()
@@ -223,4 +224,11 @@ def test_errors_are_one_sentence(demo, open_page, capfd):
     assert "secret" not in page.content() and "Traceback" not in page.content()
     settled(page)
     assert page.input_value("#box textarea") == "Fail, please.", "the question was lost"
+    assert page.locator("#chat .message").count() == 0, "it would be asked twice"
     assert "secret detail" in capfd.readouterr().err
+    demo.voice.say("Well.", end=True)
+    page.locator("#box .thumbnail-item").wait_for()
+    page.press("#box textarea", "Enter")
+    page.get_by_text("Well.").wait_for()
+    assert page.locator("#chat .message img").count() == 1
+    assert page.get_by_text("Fail, please.").count() == 1

@@ -165,6 +165,38 @@ def test_errors_of_the_model_reach_the_caller(session: ChatSession, monkeypatch)
         list(session.ask("Hi"))
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_question_the_model_failed_at_is_taken_back(
+    make_model, picture: Path, monkeypatch, beams: int
+) -> None:
+    session = ChatSession(*make_model(), Sampling(max_new_tokens=30))
+    list(session.ask("Hi"))
+    session.sampling = Sampling(max_new_tokens=30, num_beams=beams)
+    session.add_image(picture)
+    before = list(session.messages)
+    said = babble(session, monkeypatch)
+    speak = session.model.compute_logits
+    monkeypatch.setattr(
+        session.model, "compute_logits", lambda hidden: speak(hidden) if len(said) < 20 else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        list(session.ask("What is this?"))
+    assert session.messages == before and session.images == []
+    assert [name for name, _ in session.waiting] == [str(picture)]
+    said.clear()
+    monkeypatch.setattr(session.model, "compute_logits", speak)
+    list(session.ask("What is this?"))
+    assert len(session.messages) == 4 and len(session.images) == 1
+
+
+def test_a_failure_brings_no_forgotten_conversation_back(make_model, monkeypatch) -> None:
+    session = ChatSession(*make_model(), Sampling(max_new_tokens=30))
+    monkeypatch.setattr(session.model, "compute_logits", lambda hidden: session.clear() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(session.ask("Hi"))
+    assert session.messages == []
+
+
 def test_saved_conversations_are_training_records(
     make_model, picture: Path, make_image, tmp_path: Path
 ) -> None:
