@@ -34,9 +34,12 @@ GET = {
     *(f"{API}/queue/data", f"{API}/upload_progress", f"{API}/startup-events"),
 }
 GET_BELOW = ("/assets/", "/static/", "/svelte/", f"{API}/heartbeat/", FILE)
-WITH_BODY = {JOIN, f"{API}/run/predict", f"{API}/cancel", f"{API}/reset"}
+# For handlers with `queue=False`, such as "Stop"; `demo.server` lets gradio refuse the others.
+DIRECT = f"{API}/run/predict"
+WITH_BODY = {JOIN, DIRECT, f"{API}/cancel", f"{API}/reset"}
 POST = {*WITH_BODY, UPLOAD, "/login"}
 COUNTED = {JOIN, UPLOAD}  # of what a visitor may do so much in a minute
+DIRECT_MORE = 4  # times as often: they are cheap, and who may ask no more can still stop a reply
 # What can be had without the password: the page that asks for it, what that page is made of, and
 # whether the server is up.
 OPEN = {
@@ -144,9 +147,9 @@ class Gate:
     def __init__(self, app: ASGIApp, limits: Limits, folder: Path, local: bool) -> None:
         """Guard an app; `folder` holds uploads, `local` is as in `check_route`."""
         self.app, self.limits, self.folder, self.local = app, limits, folder, local
-        self.of_visitor, self.of_address = (
-            Rates(most) for most in (limits.max_requests, limits.max_requests_address)
-        )
+        of_each = (limits.max_requests, limits.max_requests_address)  # visitor, address
+        self.asked = tuple(Rates(most) for most in of_each)
+        self.direct = tuple(Rates(DIRECT_MORE * most) for most in of_each)
         self.logins = Rates(limits.max_requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -183,8 +186,9 @@ class Gate:
         address, counted = address_of(scope), {}
         if path == "/login":  # by address alone: who guesses would come as a new visitor each time
             counted = {address: self.logins}
-        elif path in COUNTED:
-            counted = {(address, visitor_of(scope)): self.of_visitor, address: self.of_address}
+        elif path in COUNTED or path == DIRECT:
+            both = ((address, visitor_of(scope)), address)
+            counted = dict(zip(both, self.direct if path == DIRECT else self.asked, strict=True))
         for who, rates in counted.items():
             if rates.too_often(who, time.monotonic()):
                 return refuse(429, "too_often", limit=rates.most)

@@ -68,7 +68,8 @@ def serving(
     served = Served(name, model, processor, limits, folder, talks, second)
     local = address.host in ("127.0.0.1", "localhost", "::1") and not address.share
     blocks = build_page(served)
-    blocks.queue(max_size=limits.max_waiting, default_concurrency_limit=8)
+    # Not open: what goes through the queue can be called in no other way.
+    blocks.queue(max_size=limits.max_waiting, default_concurrency_limit=8, api_open=False)
     try:
         if address.port is not None:
             _check_free(address.host, address.port)

@@ -168,3 +168,15 @@ def test_the_queue_is_bounded_and_says_so(demo):
     assert sorted(answer["status"] for answer in answers) == [200, 200, 200, 429]
     (told,) = (answer["detail"] for answer in answers if answer["status"] == 429)
     assert told == "Too many people are asking right now; try again in a minute."
+
+
+def test_no_handler_is_called_past_the_queue(demo):
+    """Only the cheap ones that the page calls directly, such as "Stop", can be."""
+    events = httpx.get(f"{demo.url}config").json()["dependencies"]
+    assert {"_post", "_answer", "_look", "write", "read"} <= {
+        event["api_name"] for event in events if event["queue"]
+    }
+    for event in events:
+        body = {"data": [None] * len(event["inputs"]), "fn_index": event["id"], "session_hash": "p"}
+        answer = httpx.post(f"{demo.url}gradio_api/run/predict", json=body)
+        assert (answer.status_code == 404) == bool(event["queue"]), (event["api_name"], answer.text)

@@ -95,3 +95,17 @@ def test_visitors_of_one_address_are_counted_apart_and_together(locked: str):
     wrong = {**PASSWORD, "password": "guess"}
     with httpx.Client(base_url=locked) as guesser:
         assert [guesser.post("/login", data=wrong).status_code for _ in range(3)] == [400, 400, 429]
+
+
+def test_direct_calls_are_counted_apart_and_are_more(make_model):
+    """The page makes them too, at each opening and to stop a reply."""
+    with (
+        serving("tiny", *make_model(), LIMITS, Address()) as url,
+        httpx.Client(base_url=url) as ann,
+    ):
+        events = ann.get("/config").json()["dependencies"]
+        (stop,) = (event["id"] for event in events if event["api_name"] == "stop")
+        body = {"data": [None], "fn_index": stop, "session_hash": "ann"}
+        sent = [ann.post(f"{API}/run/predict", json=body) for _ in range(17)]
+    assert [answer.status_code for answer in sent] == [200] * 16 + [429]
+    assert "More than 16 requests" in sent[-1].json()["detail"]
