@@ -24,6 +24,8 @@ from vlm.errors import UserError
 # Formats that hold their pictures themselves. A playlist (HLS, concat, SDP) names other files and
 # addresses, which a file from a stranger must not have opened.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+# Codecs of which FFmpeg cannot tell in what order packets are shown unless the file says it.
+REORDERING = ("h264", "hevc")
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,15 @@ class Timeline:
         keys: those of them from which decoding can begin.
         tick: seconds.
         end: when the last frame is over.
+        counted: the file does not say which packet is shown when: its frames are known by their
+            place among all.
     """
 
     shown: np.ndarray
     keys: np.ndarray
     tick: Fraction
     end: int
+    counted: bool = False
 
     @property
     def seconds(self) -> list[float]:
@@ -98,11 +103,16 @@ def read_timeline(path: VideoPath, limits: VideoLimits) -> Timeline:
     checked = Deadline(path, limits)
     with told(path), open_video(path, limits) as (container, stream):
         shown, keys, end = [], [], None
+        coder = stream.codec_context
+        reorders = coder.name in REORDERING and coder.has_b_frames
+        # AVI knows the order of decoding alone: what FFmpeg gives as times there is a guess.
+        counted = reorders and container.format.name == "avi"
         for packet in container.demux(stream):
             checked.tick()
-            stamp = packet.dts if packet.pts is None else packet.pts
+            stamp = packet.dts if counted or packet.pts is None else packet.pts
             if not packet.size or packet.is_discard or stamp is None:
                 continue
+            counted = counted or (reorders and packet.pts is None)
             shown.append(stamp)
             if packet.is_keyframe:
                 keys.append(stamp)
@@ -112,7 +122,7 @@ def read_timeline(path: VideoPath, limits: VideoLimits) -> Timeline:
         if end is None:
             raise UserError(f"video {path} holds no frame", "video_no_frame", path=path)
         tick = stream.time_base
-        timeline = Timeline(np.unique(shown), np.unique(keys), tick, end)
+        timeline = Timeline(np.unique(shown), np.unique(keys), tick, end, counted)
     check_seconds(path, timeline.duration, limits)
     return timeline
 
@@ -137,6 +147,10 @@ def frames_shown_at(
     keys, deadline, frame = timeline.keys.tolist(), Deadline(path, limits), None
     with told(path), open_video(path, limits, threads) as (container, stream):
         decoder, aspect = container.decode(stream), float(stream.sample_aspect_ratio or 1)
+        if timeline.counted:
+            for frame in _counted_frames(path, timeline, wanted, limits, decoder):
+                yield frame, aspect
+            return
         for target in wanted:
             before = bisect_right(keys, target)
             ahead = before and (frame is None or keys[before - 1] > frame.pts)
@@ -149,15 +163,54 @@ def frames_shown_at(
                     break
                 _check_pixels(path, frame.width, frame.height, limits)
             if frame is None or frame.pts != target or frame.is_corrupt:
-                at = (target - int(timeline.shown[0])) * float(timeline.tick)
-                raise UserError(
-                    f"video {path}: its frame at {at:.2f} s cannot be decoded; the file is damaged "
-                    "or cut short",
-                    "video_frame_damaged",
-                    path=path,
-                    seconds=at,
-                )
+                raise _frame_damaged(path, timeline, target)
             yield frame, aspect
+
+
+def _counted_frames(
+    path: VideoPath,
+    timeline: Timeline,
+    wanted: Sequence[int],
+    limits: VideoLimits,
+    decoder: Iterator[Any],
+) -> Iterator[Any]:
+    """Yield the frames whose place is that of a wanted tick; all are decoded, none is kept.
+
+    A decoder gives frames in the order in which they are shown. It goes on to the end: were one
+    lost on the way, those behind it would have been the wrong ones.
+    """
+    chosen, deadline, count = set(wanted), Deadline(path, limits), 0
+    for frame in decoder:
+        deadline.tick()
+        _check_pixels(path, frame.width, frame.height, limits)
+        tick = int(timeline.shown[count]) if count < len(timeline.shown) else None
+        count += 1
+        if tick in chosen:
+            if frame.is_corrupt:
+                raise _frame_damaged(path, timeline, tick)
+            yield frame
+    if count != len(timeline.shown):
+        raise _damaged(path)
+
+
+def _frame_damaged(path: VideoPath, timeline: Timeline, tick: int) -> UserError:
+    at = (tick - int(timeline.shown[0])) * float(timeline.tick)
+    return UserError(
+        f"video {path}: its frame at {at:.2f} s cannot be decoded; the file is damaged "
+        "or cut short",
+        "video_frame_damaged",
+        path=path,
+        seconds=at,
+    )
+
+
+def _damaged(path: VideoPath) -> UserError:
+    return UserError(
+        f"video {path} cannot be read: it is damaged, cut short, or no video (known are MP4, "
+        "MOV, MKV, WebM, AVI, MPEG, FLV, OGG, ASF and GIF)",
+        "video_damaged",
+        path=path,
+    )
 
 
 def _from_key(container: Any, stream: Any, keys: Sequence[int]) -> Iterator[Any]:
@@ -255,12 +308,7 @@ def told(path: VideoPath) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"video {path}: no such file") from error
     except (av.error.InvalidDataError, av.error.ArgumentError) as error:
-        raise UserError(
-            f"video {path} cannot be read: it is damaged, cut short, or no video (known are MP4, "
-            "MOV, MKV, WebM, AVI, MPEG, FLV, OGG, ASF and GIF)",
-            "video_damaged",
-            path=path,
-        ) from error
+        raise _damaged(path) from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
         raise UserError(

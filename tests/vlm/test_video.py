@@ -17,6 +17,7 @@ KINDS = {
     "keys_only.mov": {"codec": "mpeg4", "gop": 1, "b_frames": 0},
     "vp9.webm": {"codec": "libvpx-vp9"},
     "old.avi": {"codec": "mpeg4"},
+    "untimed.avi": {},
     "stream.ts": {"gop": 7},
     "lossless.mkv": {"codec": "ffv1", "b_frames": 0, "gop": 1},
 }
@@ -39,7 +40,7 @@ def test_exactly_the_frames_asked_for(name, clips, frame_number):
     assert {frame.mode for frame in video.frames} == {"RGB"}
 
 
-@pytest.mark.parametrize("name", ["b_frames.mp4", "stream.ts"])
+@pytest.mark.parametrize("name", ["b_frames.mp4", "stream.ts", "old.avi", "untimed.avi"])
 def test_every_frame_alone(name, clips, frame_number):
     """Each by a seek of its own, and all in a row."""
     assert [frame_number(f) for f in sample_video(clips[name]).frames] == list(range(30))
@@ -50,6 +51,19 @@ def test_every_frame_alone(name, clips, frame_number):
     for number, tick in enumerate(timeline.shown.tolist()):
         ((frame, _),) = frames_shown_at(clips[name], timeline, [tick], limits, 1)
         assert frame_number(frame.to_image()) == number
+
+
+def test_frames_lost_on_the_way_shift_no_others(tmp_path, clips):
+    """H.264 in AVI has no times to know a frame by: its place counts, so none may be missing."""
+    path = tmp_path / "headless.avi"
+    with av.open(str(clips["untimed.avi"])) as whole, av.open(str(path), "w") as headless:
+        stream = headless.add_stream_from_template(whole.streams.video[0])
+        for number, packet in enumerate(whole.demux(video=0)):
+            if number > 4 and packet.size:  # without its keyframe, which a decoder needs
+                packet.stream = stream
+                headless.mux(packet)
+    with pytest.raises(UserError, match="damaged, cut short"):
+        sample_video(path, num_frames=4)
 
 
 def test_facts_are_those_of_the_sampled_video(clips):
