@@ -36,6 +36,7 @@ class Handlers:
         self.retry, self.edit = told(self._retry), told(self._edit)
         self.sample = told(self._sample)
         self.take_back, self.new_chat = told(self._take_back), told(self._new_chat)
+        self.show_again = told(self._show_again)
 
     def _post(
         self,
@@ -203,19 +204,26 @@ class Handlers:
         """Take a question back, and ask it, or another, again.
 
         Raises:
-            UserError: the conversation is gone, or a reply is being given.
+            UserError: the conversation is gone, a reply is being given, or the other question is
+                empty or too long; nothing is taken back.
         """
         words = language(request)
         if talk is None or not talk.chat.messages:
             raise UserError(say(words, "gone"))
         if talk.question is not None or talk.answering:
             raise UserError(say(words, "still_answering"))
+        if text == "":
+            raise UserError(say(words, "no_question"))
         if text is not None and len(text) > self.served.limits.max_question:
             raise UserError(say(words, "question_too_long", limit=self.served.limits.max_question))
         message = index if isinstance(index, int) else index[0]
         before = talk.chat.rewind(question_at(_messages(talk, request), message))
-        talk.put(text or before)
+        talk.put(before if text is None else text)
         return talk, _messages(talk, request), busy_box()
+
+    def _show_again(self, talk: Talk | None, request: gr.Request) -> Any:
+        """Show what the server has: the page shows an edited question, though it was refused."""
+        return _messages(talk, request) or gr.skip()
 
     def _new_chat(
         self, talk: Talk | None, request: gr.Request

@@ -146,10 +146,12 @@ def _wire(
     asked = [talk, chatbot, box]
     num_seen = gr.Number(0, visible="hidden")  # set by the browser as it posts
     question = [box, page.system, talk, num_seen]
+    edited = chatbot.edit(handlers.edit, talk, asked, **AT_ONCE)
+    edited.failure(handlers.show_again, talk, chatbot, **ALWAYS)
     posts = [
         box.submit(handlers.post, question, asked, js=COUNT_SEEN, **AT_ONCE),
         chatbot.retry(handlers.retry, talk, asked, **AT_ONCE),
-        chatbot.edit(handlers.edit, talk, asked, **AT_ONCE),
+        edited,
         chatbot.example_select(handlers.sample, [page.system, talk], asked, **AT_ONCE),
     ]
     given = []

@@ -36,9 +36,6 @@ def test_an_edited_question_is_asked_as_it_is_seen(make_model, tmp_path):
     list(talk.chat.ask("What is <b>?"))
     seen = shown(talk, "en")[0]["content"]
     assert JOINER in seen
-    for edited, asked in ((seen.replace("b", "u"), "What is <u>?"), (" \n", "What is <u>?")):
-        clicked = SimpleNamespace(index=0, value=edited)
-        Handlers(served).edit(clicked, talk, REQUEST)
-        assert talk.question == asked
-        talk.question = None
-        list(talk.chat.ask(asked))
+    clicked = SimpleNamespace(index=0, value=seen.replace("b", "u"))
+    Handlers(served).edit(clicked, talk, REQUEST)
+    assert talk.question == "What is <u>?"

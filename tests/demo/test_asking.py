@@ -69,3 +69,11 @@ def test_a_question_the_model_fails_at_goes_back_into_the_box(
     messages, box = handlers.take_back(talk, REQUEST)
     assert messages == [] and box["value"] == {"text": "Who?", "files": ["cat.png"]}
     assert talk.chat.messages == [] and not talk.is_busy
+
+
+def test_a_question_edited_to_nothing_is_not_asked(handlers: Handlers, talk: Talk):
+    list(talk.chat.ask("Who?"))
+    before = list(talk.chat.messages)
+    with pytest.raises(Error, match="Write a question first"):
+        handlers.edit(SimpleNamespace(index=0, value=" \n"), talk, REQUEST)
+    assert talk.question is None and talk.chat.messages == before

@@ -62,6 +62,12 @@ def test_pictures_and_words_go_to_the_model_and_its_words_come_back(demo, open_p
     assert page.get_by_text("What is it?").count() == 0
     assert page.locator("#chat .message img").count() == 2
     settled(page)
+    page.locator("#chat [aria-label=Edit]").first.click()
+    page.locator("#chat textarea").fill("")
+    page.locator("#chat [aria-label=Submit]").click()
+    page.get_by_text("Write a question first.").wait_for()
+    settled(page)
+    assert page.get_by_text("How many?").count() == page.get_by_text("Two of them.").count() == 1
     page.click("#new-chat")
     page.get_by_text("Show a picture or a video, ask about it").wait_for()
     assert page.locator("#chat .message").count() == 0
