@@ -109,8 +109,7 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
         check_fsdp(arguments.get("fsdp_config"), where)
     if arguments.get("deepspeed") or arguments.get("fsdp"):
         be_the_only_rank()
-    if "RANK" in os.environ and not torch.accelerator.is_available():
-        arguments.setdefault("use_cpu", True)  # else accelerate takes each process for the only one
+    _settle_device(arguments, where)
     _check_reports(arguments["report_to"], f"{where}.report_to")
     try:
         made = TrainingArguments(
@@ -123,6 +122,22 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, folder: Path) -> Any:
     _check_processes(made, where)
     _check_optimizer(made, where)
     return made
+
+
+def _settle_device(arguments: dict[str, Any], where: str) -> None:
+    """Say that there is no GPU, where there is none.
+
+    Else bf16 is refused, and accelerate takes each of several processes for the only one.
+
+    Raises:
+        UserError: fp16 on a CPU, which would train in float32 without a word.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        arguments.setdefault("use_cpu", True)
+    if arguments.get("fp16") and arguments.get("use_cpu"):
+        raise UserError(f"{where}.fp16 has no effect on a CPU; take bf16, or leave it out")
 
 
 def _check_processes(arguments: Any, where: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from vlm.done import flush, write_flushed
+from vlm.done import flush, share_as_folder, write_flushed
 from vlm.errors import UserError
 from vlm.on_base import read_base, stands_on_base
 
@@ -80,6 +80,7 @@ def seal(folder: Path) -> None:
     """Flush every file of a checkpoint, then note that it is whole."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != NOTE]
     for path in files:
+        share_as_folder(path)
         flush(path)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
     write_flushed(folder / NOTE, json.dumps(sizes, indent=1))
@@ -105,6 +106,14 @@ def newest(folder: Path) -> Path | None:
     """Return the whole checkpoint of the highest step, or None."""
     whole = [path for path in all_checkpoints(folder) if is_whole(path)]
     return whole[-1] if whole else None
+
+
+def damaged(folder: Path) -> list[Path]:
+    """Return the checkpoints after the newest whole one that were whole and no longer are."""
+    good = newest(folder)
+    least = -1 if good is None else step_of(good)
+    later = [path for path in all_checkpoints(folder) if step_of(path) > least]
+    return [path for path in later if (path / NOTE).exists()]
 
 
 def prune(folder: Path, keep: int | None) -> None:

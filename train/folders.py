@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from train.manifest import read_manifest
 from train.process import is_main_process, say
 from train.recipe import Recipe, StageRecipe
-from vlm.done import first_difference, flush, write_flushed
+from vlm.done import first_difference, flush, share_as_folder, write_flushed
 from vlm.errors import UserError
 from vlm.yaml_values import read_file, to_text
 
@@ -54,6 +54,18 @@ def stage_tree(recipe: Recipe, stage: StageRecipe) -> dict[str, Any]:
     """Return all that decides a stage's result, except the stage before it."""
     tree = recipe.to_dict()
     return {"model": tree["model"], "seed": recipe.seed, "stage": asdict(stage)}
+
+
+def what_differs(before: Any, now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first setting that may not change within a stage, see `first_difference`.
+
+    A validation may: it leaves no trace in the weights.
+    """
+    stage = before.get("stage") if isinstance(before, dict) else None
+    if isinstance(stage, dict):
+        stage.pop("validation", None)
+    stage = {name: value for name, value in now["stage"].items() if name != "validation"}
+    return first_difference(before, {**now, "stage": stage}, FREE_SETTINGS)
 
 
 @contextmanager
@@ -116,7 +128,7 @@ def claim(recipe: Recipe, stage: StageRecipe, folder: Path) -> bool:
     wanted = stage_tree(recipe, stage)
     written = folder / "recipe.yaml"
     if written.exists():
-        if found := first_difference(read_file(written), wanted, FREE_SETTINGS):
+        if found := what_differs(read_file(written), wanted):
             path, before, now = found
             raise UserError(
                 f"{folder} holds stage {stage.name!r} with {path} = {before!r}, but now it is "
@@ -163,8 +175,9 @@ def check_space(
 
 
 def flush_files(folder: Path) -> None:
-    """Wait until the files directly in a folder are on the disk."""
+    """Wait until the files directly in a folder are on the disk, readable as it is."""
     for path in folder.iterdir():
         if path.is_file():
+            share_as_folder(path)
             flush(path)
     flush(folder)

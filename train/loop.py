@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -95,9 +96,11 @@ def _add_measurements(
     """Add what the recipe wants measured every n steps."""
     if stage.validation is not None:
         data, positions = stage.validation.data, context_length(parts.model.config.text_config)
-        held_out = dataset_of(stage, data, parts.dataset.processor, seed, positions)
+        lenient = replace(data, on_error="skip")
+        held_out = dataset_of(stage, lenient, parts.dataset.processor, seed, positions)
         collate = Collator(parts.dataset.processor, bool(stage.packed))
-        trainer.add_callback(Validation(trainer, held_out, collate, stage.validation.every))
+        every, strict = stage.validation.every, data.on_error == "raise"
+        trainer.add_callback(Validation(trainer, held_out, collate, every, strict))
     if stage.benchmark is not None:
         words = stage.benchmark.words()
         trainer.add_callback(Benchmark(trainer, folder, words, stage.benchmark.every))

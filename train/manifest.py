@@ -73,6 +73,7 @@ class StageManifest(TrainerCallback):
             "previous": hash_manifest(previous),
             "step_of": step_of,
             "data": hash_sources(stage.data.sources) if is_main_process() else {},
+            "validation": _held_out(stage) if is_main_process() else {},
             **environment(device),
         }
         self.write("running")
@@ -133,6 +134,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def hash_sources(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
     """Return path, size and hash of every data file, by source; of several files, by file too."""
     return {source.name: _hash_data(source) for source in sources}
+
+
+def _held_out(stage: StageRecipe) -> dict[str, dict[str, Any]]:
+    return {} if stage.validation is None else hash_sources(stage.validation.data.sources)
 
 
 def _hash_data(source: Source) -> dict[str, Any]:

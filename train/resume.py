@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from train.checkpoints import RECIPE
-from train.folders import FREE_SETTINGS, stage_tree
+from train.folders import stage_tree, what_differs
 from train.manifest import hash_manifest, hash_sources, read_manifest
+from train.process import say
 from train.recipe import Recipe, StageRecipe
-from vlm.done import first_difference
 from vlm.errors import UserError
 from vlm.yaml_values import read_file
 
@@ -33,7 +33,7 @@ def check_resume(
             f"{checkpoint.parent}, or choose another --output_dir"
         )
     wanted = stage_tree(recipe, stage)
-    if found := first_difference(read_file(written), wanted, FREE_SETTINGS):
+    if found := what_differs(read_file(written), wanted):
         path, before, now = found
         raise UserError(
             f"{checkpoint} was written by another run, with {path} = {before!r}, but here it is "
@@ -45,6 +45,14 @@ def check_resume(
             f"stage {stage.name!r} began from another training of {previous} than stands there "
             f"now: delete {folder} to begin it anew, or choose another --output_dir"
         )
+    known = manifest.get("validation", {})
+    if stage.validation is not None and known:
+        changed = known != hash_sources(stage.validation.data.sources)
+        if changed:
+            say(
+                f"validation of stage {stage.name!r}: its data has changed, losses from here on "
+                "are of other records"
+            )
     before = manifest.get("data", {})
     for name, data in hash_sources(stage.data.sources).items():
         if name in before and before[name] != data:

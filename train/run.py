@@ -11,7 +11,7 @@ from typing import Any
 from train.adapted import describe_base, keeps_base, require_packages
 from train.arguments import check_arguments, training_arguments
 from train.benchmark import check_words, tell_failures
-from train.checkpoints import newest
+from train.checkpoints import damaged, newest
 from train.data import check_data
 from train.engine import forget_engine
 from train.features.cache import features_before, prepare_features
@@ -80,6 +80,8 @@ def run_stage(recipe: Recipe, stage: StageRecipe, folder: Path, previous: Path |
     free_memory()
     forget_engine()
     checkpoint = newest(folder / "checkpoints")
+    for path in damaged(folder / "checkpoints"):
+        say(f"{path} has lost a part since it was written, and is passed over; look at the disk")
     if checkpoint is not None and is_main_process():
         check_resume(recipe, stage, folder, checkpoint, previous)
     seed_everything(recipe.seed)

@@ -29,6 +29,7 @@ from train.mfu import Meter
 from train.order import Order, make_order
 from train.packing import Packing
 from train.phases import PhaseSwitch, follow_phases
+from train.process import say
 from train.sharded_state import save_fsdp_states, settled
 from train.spikes import SpikeGuard
 from train.zero_states import load_states, state_files
@@ -169,6 +170,10 @@ class VlmTrainer(SealingTrainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Build the schedule, whose peaks are those of the phase."""
         is_new = self.lr_scheduler is None
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if is_new and warmup >= num_training_steps:
+            told = f"warming up takes {warmup} steps and there are {num_training_steps}"
+            say(f"{told}: no learning rate reaches what the recipe says")
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if is_new and len(self.starts) > 1:
             follow_phases(cast(LambdaLR, scheduler), self.groups, self.starts)

@@ -40,39 +40,43 @@ def batches_of_rank(size: int, batch: int, rank: int, world: int) -> list[tuple[
     return [(batches[min(n, len(batches) - 1)], n < len(batches)) for n in own]
 
 
-def check_records(dataset: ConversationDataset, workers: int) -> None:
+def check_records(dataset: ConversationDataset, strict: bool, workers: int) -> None:
     """Look at all records as far as it goes without decoding a picture.
 
     Args:
-        dataset: the held-out records.
+        dataset: the held-out records; those that cannot be used are left out.
+        strict: there must be no such record.
         workers: processes that count tokens not counted before.
 
     Raises:
-        UserError: one cannot be used, or is too long, and `on_error` is "raise"; or all are so.
+        UserError: there is one, too long ones included; or all are so.
     """
     lengths = RecordLengths(dataset, workers, progress=True)
     counts = lengths(0, len(dataset))
     lengths.save()
     most = dataset.max_length or counts.max()
     unusable = ((counts == 0) | (counts > most)).nonzero()[0].tolist()
-    if not unusable:
+    first = dataset[unusable[0]] if unusable else None
+    if not isinstance(first, Skipped):
         return
-    try:
-        first = dataset[unusable[0]]
-    except UserError as error:
-        raise UserError(f"validation: {error}") from error
-    if len(unusable) == len(dataset) and isinstance(first, Skipped):
+    if strict:
+        raise UserError(f"validation: {first.reason}")
+    if len(unusable) == len(dataset):
         raise UserError(f"validation: no record can be used; the first: {first.reason}")
 
 
 class Validation(TrainerCallback):
     """Measures every n steps and at the last one, and adds the loss to the log's line.
 
+    A record that turns out to be unusable stops the stage, if it must not be left out, once the
+    step is saved; all processes have then measured all batches, as sharded models have to.
+
     Args:
         trainer: its model is measured, in its precision.
-        dataset: the records; each is seen once.
+        dataset: the records; each is seen once, and those that cannot be used are left out.
         collate: makes batches of its items.
         every: optimizer steps.
+        strict: whether no record may be left out.
 
     Raises:
         UserError: see `check_records`.
@@ -84,12 +88,15 @@ class Validation(TrainerCallback):
         dataset: ConversationDataset,
         collate: Callable[..., dict[str, Any]],
         every: int,
+        strict: bool,
     ) -> None:
         self.trainer = trainer
         self.every = every
+        self.strict = strict
         self.told = False
+        self.fault: UserError | None = None
         args = trainer.args
-        check_records(dataset, args.dataloader_num_workers)
+        check_records(dataset, strict, args.dataloader_num_workers)
         share = batches_of_rank(
             len(dataset), args.eval_batch_size, args.process_index, args.world_size
         )
@@ -108,16 +115,28 @@ class Validation(TrainerCallback):
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         start = time.perf_counter()
-        self.trainer.beside_loss["validation_loss"] = self.measure()
+        try:
+            self.trainer.beside_loss["validation_loss"] = self.measure()
+        except UserError as error:
+            self.fault, control.should_save = error, True
         self.trainer.window.leave_out(time.perf_counter() - start)
         control.should_log = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop a stage whose records cannot be measured.
+
+        Raises:
+            UserError: the fault, which all processes know of.
+        """
+        if self.fault is not None:
+            raise self.fault
 
     @torch.no_grad()
     def measure(self) -> float:
         """Return the mean loss of a supervised token; records left out are told once.
 
         Raises:
-            UserError: no record can be used.
+            UserError: no record can be used, or one cannot that must.
         """
         model = cast(nn.Module, self.trainer.model)
         model.eval()  # a training step sets it back
@@ -130,6 +149,9 @@ class Validation(TrainerCallback):
                 skipped += batch["skipped"]
         total = cast(Tensor, self.trainer.accelerator.reduce(total, "sum"))
         loss, tokens, lost = total.tolist()
+        if lost and self.strict:
+            told = skipped[0].reason if skipped else "a record of another process cannot be used"
+            raise UserError(f"validation: {told}; mend it, and the same command goes on")
         if not tokens:
             raise UserError("validation: no record can be used; `vlm data check` tells why")
         if lost and not self.told:

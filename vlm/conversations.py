@@ -100,8 +100,8 @@ def check_length(
     called = "images and videos" if len(kinds) == 2 else f"{next(iter(kinds), 'image')}s"
     raise UserError(
         f"the conversation takes {length} tokens ({sum(counts)} of them for {len(counts)} "
-        f"{called}), more than max_length {max_length}, which packed.length and the language "
-        "model's positions bound too; raise it (rope_factor raises the last), or choose a tiling "
+        f"{called}), more than {max_length}, the least of max_length, packed.length and the "
+        "language model's own limit; raise that (rope_factor the last), or choose a tiling "
         "or connector with fewer tokens",
         "conversation_long",
         length=length,

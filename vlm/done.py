@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Container, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def share_as_folder(path: Path) -> None:
+    """Let a file be read by whoever may read its folder: safetensors lets its owner alone."""
+    with suppress(OSError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def make_folder(path: Path) -> None:

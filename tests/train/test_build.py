@@ -60,7 +60,7 @@ def test_a_record_longer_than_the_context_is_a_fault(tree, data_file):
     data_file.write_text(json.dumps(rows))
     recipe = parse_recipe(tree, "recipe")
     dataset = stage_parts(recipe, recipe.stages[0], None, None).dataset
-    words = r"\(id 'r5'\): the conversation takes \d+ tokens .* more than max_length 1024"
+    words = r"\(id 'r5'\): the conversation takes \d+ tokens .* more than 1024, the least of"
     with pytest.raises(UserError, match=words):
         [dataset[position] for position in range(24)]
     dataset.on_error = "skip"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.checkpoints import is_whole, newest, prune, seal
+from train.checkpoints import damaged, is_whole, newest, prune, seal
 from vlm.done import write_flushed
 
 
@@ -36,8 +36,24 @@ def test_torn_in_any_file(make_checkpoint, tmp_path, name):
     file.write_bytes(file.read_bytes()[:-1])
     assert not is_whole(torn)
     assert newest(tmp_path) == whole
+    assert damaged(tmp_path) == [torn]
     file.unlink()
     assert newest(tmp_path) == whole
+
+
+def test_what_was_never_whole_is_not_damaged(make_checkpoint, tmp_path):
+    make_checkpoint(3, sealed=False)
+    (make_checkpoint(1) / "model.safetensors").unlink()
+    make_checkpoint(2)
+    assert damaged(tmp_path) == []
+
+
+def test_others_may_read_what_they_may_look_into(tmp_path):
+    tmp_path.chmod(0o750)
+    file = tmp_path / "model.safetensors"
+    file.touch(0o600)
+    seal(tmp_path)
+    assert file.stat().st_mode & 0o777 == 0o640
 
 
 def test_prune_keeps_the_newest_whole_ones(make_checkpoint, tmp_path):

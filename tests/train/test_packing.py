@@ -223,7 +223,7 @@ def test_resumed_within_a_window_to_the_bit(packed_tree, write_recipe, tmp_path,
         ({"packed": {"length": 0}}, "packed: length must be at least 1, not 0"),
         ({"packed": {"size": 9}}, "packed has no field 'size'"),
         ({"packed": {"length": 64}, "length_window": 2}, "leave length_window nothing to sort"),
-        ({"packed": {"length": 60}}, "more than max_length 60"),
+        ({"packed": {"length": 60}}, "more than 60, the least of"),
     ],
 )
 def test_mistakes_are_told(fields, words, packed_tree, write_recipe, capsys):

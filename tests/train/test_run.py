@@ -258,9 +258,19 @@ def test_killed_after_the_last_step(tree, write_recipe, tmp_path, capsys):
 
 
 def test_stages_may_differ_in_precision(tree, write_recipe, tmp_path):
-    tree["stages"][0]["training"] |= {"bf16": True, "use_cpu": True}
+    tree["stages"][0]["training"]["bf16"] = True
     assert main(["train", str(write_recipe(tree))]) == 0
     assert weights(tmp_path / "run" / "instruct")["lm_head.weight"].dtype == torch.float32
+
+
+def test_what_a_cpu_cannot_do_is_refused_and_a_long_warm_up_told(tree, write_recipe, capsys):
+    recipe, train = str(write_recipe(tree)), "--stages.align.training"
+    words = [f"{train}.fp16", "true", f"{train}.use_cpu", "true"]
+    assert main(["train", recipe, *words]) == 2
+    assert "stages.align.training.fp16 has no effect on a CPU; take bf16" in capsys.readouterr().err
+    words = ["--stage", "align", f"{train}.max_steps", "1", f"{train}.warmup_steps", "2"]
+    assert main(["train", recipe, *words]) == 0
+    assert "warming up takes 2 steps and there are 1" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 
 from data_recipes.dataset import Collator
 from train.callbacks import read_log
+from train.checkpoints import newest
 from train.data import dataset_of
 from train.recipe import parse_recipe
 from train.validation import batches_of_rank
@@ -136,6 +137,40 @@ def test_without_a_record_to_measure_nothing_is_told_as_a_loss(
     assert re.search(message, capsys.readouterr().err)
     begun = (tmp_path / "run" / "instruct" / "training_log.jsonl").exists()
     assert begun == (names == ["cut"]), "what headers tell is told before the first step"
+
+
+def test_a_fault_that_shows_late_costs_no_step_and_can_be_mended(
+    measured, held_out, write_recipe, tmp_path, capsys
+):
+    held_out("cut")
+    measured["stages"][0]["validation"]["data"]["on_error"] = "raise"
+    recipe, folder = write_recipe(measured), tmp_path / "run" / "instruct"
+    assert main(["train", str(recipe)]) == 2
+    told = capsys.readouterr().err
+    assert "(id 'cut')" in told and "mend it, and the same command goes on" in told
+    assert newest(folder / "checkpoints").name == "checkpoint-3"
+    held_out()
+    assert main(["train", str(recipe)]) == 0
+    assert "its data has changed, losses from here on are of other records" in (
+        capsys.readouterr().out
+    )
+    log = read_log(folder / "training_log.jsonl")
+    assert [line["step"] for line in log if "validation_loss" in line] == [6, 8]
+    log_of(recipe, tmp_path / "other", "--stages.instruct.validation", "null")
+    weights = [
+        run / "instruct" / "model.safetensors" for run in (folder.parent, tmp_path / "other")
+    ]
+    assert len({path.read_bytes() for path in weights}) == 1
+
+
+def test_a_validation_may_change_within_a_stage(measured, held_out, write_recipe, capsys):
+    held_out("cut")
+    measured["stages"][0]["validation"]["data"]["on_error"] = "raise"
+    recipe = str(write_recipe(measured))
+    assert main(["train", recipe]) == 2
+    assert main(["train", recipe, "--stages.instruct.validation.data.on_error", "skip"]) == 0
+    assert main(["train", recipe, "--stages.instruct.max_length", "900"]) == 2
+    assert "stage.max_length" in capsys.readouterr().err
 
 
 MISTAKES = {

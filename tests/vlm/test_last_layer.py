@@ -4,11 +4,26 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from vlm.hosts import HOSTS
 from vlm.last_layer import ARGUMENT, LastLayer
+from vlm.lean_layers import learn_lean
+from vlm.lm_head import logit_transform, supervised, supervised_loss
 
 ANYRES = {"type": "anyres"}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 30,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
@@ -27,6 +42,34 @@ def seen_by(module):
     counts = []
     module.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[:-1].numel()))
     return counts
+
+
+@pytest.mark.parametrize("family", sorted(set(HOSTS) - {"internlm3"}))  # its code is a download
+def test_every_family_learns_as_all_its_logits_would_have_it(family):
+    """The last layer, the lean layers and the head's loss, against transformers' own class."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).train()
+    for parameter in plain.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # no norm of ones
+    ids = torch.arange(1, 19).reshape(2, 9)
+    labels = ids.clone()
+    labels[0, :6] = labels[1, 3:] = -100
+    ours = copy.deepcopy(plain)
+    learn_lean(ours.model)
+    rows = LastLayer().ask(ours.model, supervised(labels, None), {})
+    hidden = ours.model(ids, use_cache=False, **rows).last_hidden_state
+    transform = logit_transform(ours.config)
+    head = ours.lm_head if transform is None else (lambda x: transform(ours.lm_head(x)))
+    found = supervised_loss(hidden, labels, head, SIZES["vocab_size"])
+    expected = plain(ids, labels=labels, use_cache=False).loss
+    assert rows and found.item() == pytest.approx(expected.item(), rel=1e-6)
+    found.backward()
+    expected.backward()
+    for (name, one), (_, other) in zip(
+        ours.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        distance = (one.grad - other.grad).norm()
+        assert distance <= 1e-5 * other.grad.norm(), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

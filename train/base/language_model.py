@@ -53,6 +53,8 @@ class LanguageModelSettings(BaseSettings):
         for kind, share in self.shares.items():
             if not 0 <= share <= 1:
                 raise UserError(f"shares: {kind} must be from 0 to 1, not {share}")
+        if not any(self.shares.values()):
+            raise UserError("shares: all are 0, so nothing would be learnt; give one a share")
 
 
 class TextBatches(Dataset):
@@ -73,13 +75,15 @@ class TextBatches(Dataset):
         """Return the documents of batch `index`."""
         settings = self.settings
         rng = np.random.default_rng([settings.seed, index])
-        seed = int(rng.integers(1 << 62))
-        most_empty = MOST_EMPTY[rng.integers(len(MOST_EMPTY))]
-        kept = [
-            document
-            for document in documents(seed, settings.batch_size, most_empty)
-            if rng.random() < settings.shares[document.kind]
-        ]
+        kept: list[Document] = []
+        while not kept:  # small shares may keep none
+            seed = int(rng.integers(1 << 62))
+            most_empty = MOST_EMPTY[rng.integers(len(MOST_EMPTY))]
+            kept = [
+                document
+                for document in documents(seed, settings.batch_size, most_empty)
+                if rng.random() < settings.shares[document.kind]
+            ]
         order = rng.permutation(len(kept))[: settings.batch_size]
         return [kept[i] for i in order]
 

@@ -1,6 +1,7 @@
 """Does the base language model read what it should, and can anybody load the result?"""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +144,14 @@ def test_batches_depend_on_seed_and_index_alone(tokenizer):
     data[0]
     assert torch.equal(data[1]["bags"], again[1]["bags"])
     assert data.documents(0) != data.documents(1)
+
+
+def test_small_shares_leave_no_batch_empty(tokenizer):
+    shares = {**dict.fromkeys(KINDS, 0.0), "Count": 0.05}
+    data = TextBatches(tokenizer, replace(SETTINGS, shares=shares, batch_size=1))
+    assert {document.kind for index in range(5) for document in data.documents(index)} == {"Count"}
+    with pytest.raises(UserError, match="shares: all are 0"):
+        replace(SETTINGS, shares=dict.fromkeys(KINDS, 0.0))
 
 
 def test_bags_of_one_are_plain_text(tokenizer, trained):
