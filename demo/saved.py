@@ -17,7 +17,7 @@ from typing import Any
 from data_recipes.records import Record, to_messages
 from demo.limits import Limits
 from demo.told import is_disk_full
-from demo.uploads import keep_file
+from demo.uploads import VIDEOS, is_video_name, keep_file
 from demo.wording import say
 from demo.zips import BROKEN, check_directory, check_sizes, member
 from vlm.chat_session import ChatSession, Medium
@@ -127,7 +127,7 @@ def unpack(
                 for name in (RECORD, SECOND)
                 if name == RECORD or name in archive.namelist()
             }
-            shown = {name: _in_shown_order(record) for name, record in records.items()}
+            shown = {name: _in_shown_order(record, language) for name, record in records.items()}
             names = dict.fromkeys(name for some in shown.values() for name in some)
             if len(names) > limits.max_pictures:
                 raise UserError(say(language, "too_many_pictures", limit=limits.max_pictures))
@@ -174,9 +174,23 @@ def _record(data: bytes, language: str) -> Record:
         raise UserError(say(language, "no_record", reason=error)) from error
 
 
-def _in_shown_order(record: Record) -> list[str]:
-    """Return the names of a record's pictures and videos in the order of their placeholders."""
-    names = {"image": map(str, record.images), "video": iter(record.videos)}
+def _in_shown_order(record: Record, language: str) -> list[str]:
+    """Return the names of a record's pictures and videos in the order of their placeholders.
+
+    Raises:
+        UserError: a video is a list of frames, or a file would be read as the other kind.
+    """
+    images, videos = list(map(str, record.images)), []
+    for name in images:
+        if is_video_name(name):
+            raise UserError(say(language, "not_a_picture", name=name))
+    for video in record.videos:
+        if isinstance(video, tuple):
+            raise UserError(say(language, "frames_in_record", name=video[0]))
+        if not is_video_name(str(video)):
+            raise UserError(say(language, "not_a_video", name=video, known=", ".join(VIDEOS)))
+        videos.append(str(video))
+    names = {"image": iter(images), "video": iter(videos)}
     entries = (entry["type"] for message in record.messages for entry in message["content"])
     return [next(names[kind]) for kind in entries if kind in names]
 

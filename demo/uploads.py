@@ -33,9 +33,14 @@ def keep_file(
     Raises:
         UserError: it cannot be taken.
     """
-    if Path(name).suffix.lower() in VIDEOS:
+    if is_video_name(name):
         return keep_video(source, name, chat, folder, limits, language)
     return keep_picture(source, name, folder, limits, language)
+
+
+def is_video_name(name: str) -> bool:
+    """Tell whether a file is taken as a video, not as a picture."""
+    return Path(name).suffix.lower() in VIDEOS
 
 
 def keep_picture(

@@ -116,6 +116,11 @@ ENGLISH: Mapping[str, str] = {
     "too_many_in_zip": "The zip holds more than the {limit} files that are taken.",
     "zip_too_large": "Unpacked, the zip would be larger than the {limit} MB that are taken.",
     "pictures_missing": "The record names {count} pictures; open the zip that holds them.",
+    "frames_in_record": "The record names a video as single frames ({name}, ...); only video files "
+    "can be opened here.",
+    "not_a_picture": "{name} is a picture in the record, but its name is a video's.",
+    "not_a_video": "{name} is a video in the record, but its name is none of a video that is taken "
+    "({known}).",
     "no_record": "{reason}",
     # reasons that the model's code gives, by their code
     "video_empty": "{path} is empty (0 bytes).",
@@ -249,6 +254,9 @@ CHINESE: Mapping[str, str] = {
     "too_many_in_zip": "zip 中的文件超过了 {limit} 个的上限。",
     "zip_too_large": "zip 解压后超过了 {limit} MB 的上限。",
     "pictures_missing": "记录中有 {count} 张图片；请打开包含它们的 zip。",
+    "frames_in_record": "记录以单独的帧给出视频（{name} 等）；这里只能打开视频文件。",
+    "not_a_picture": "{name} 在记录中是图片，但其名称是视频文件的名称。",
+    "not_a_video": "{name} 在记录中是视频，但其名称不是可用视频的名称（{known}）。",
     "no_record": "这不是可用的对话记录（原因，英文）：{reason}",
     "video_empty": "{path} 是空文件（0 字节）。",
     "video_damaged": "无法读取 {path}：它已损坏、被截断，或不是视频（可用 MP4、"

@@ -103,6 +103,19 @@ RECORD = {
         {"from": "gpt", "value": "A cat."},
     ],
 }
+
+
+def of_media(value: str, **media: object) -> dict[str, bytes]:
+    """A zip with a question that shows `value`, and a small picture under every name."""
+    turns = [{"from": "human", "value": f"{value}\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    stream = BytesIO()
+    Image.new("RGB", (32, 32)).save(stream, "PNG")
+    names = ("a.png", "b.png", "v.gif", "v.mp4")
+    return {"conversation.json": json.dumps({"conversations": turns} | media).encode()} | (
+        dict.fromkeys(names, stream.getvalue())
+    )
+
+
 FILES: dict[str, tuple[dict[str, bytes], str]] = {
     "no record": ({"a.txt": b"x"}, "conversation.json is missing in the zip."),
     "no JSON": ({"conversation.json": b"{"}, "no saved conversation"),
@@ -123,6 +136,17 @@ FILES: dict[str, tuple[dict[str, bytes], str]] = {
     "a path outside": (
         {"conversation.json": json.dumps(RECORD | {"image": "/etc/passwd"}).encode()},
         "/etc/passwd is missing in the zip.",
+    ),
+    "a video of frames": (
+        of_media("<video>", video=[["a.png", "b.png"]]),
+        "a video as single frames (a.png, ...); only video files",
+    ),
+    "a video that is a GIF": (of_media("<video>", video="v.gif"), "v.gif is a video in the record"),
+    "a video that is a picture": (of_media("<video>", video="a.png"), "a.png is a video in the"),
+    "a picture that is a video": (of_media("<image>", image="v.mp4"), "v.mp4 is a picture in the"),
+    "a picture that is also a video": (
+        of_media("<image><video>", image="a.png", video="a.png"),
+        "a.png is a video in the",
     ),
     "a picture of too many pixels": (
         {"conversation.json": json.dumps(RECORD).encode(), "pictures/1.png": wide()},
@@ -150,8 +174,9 @@ def test_zips_that_are_refused(case: str, empty: ChatSession, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError) as told:
         unpack(tmp_path / "x.zip", empty, tmp_path, LIMITS, "en")
+    assert words in str(told.value)
 
 
 def test_a_zip_that_would_grow_too_much_is_not_unpacked(empty: ChatSession, tmp_path: Path):
