@@ -151,7 +151,7 @@ class Handlers:
             max_new_tokens=int(max_new_tokens),
             num_beams=int(beams),
         )
-        known = {"frames": _most_frames(talk), "reply": talk.chat.sampling.max_new_tokens}
+        known = {"frames": _most_frames(talk), "reply": talk.chat.kept_for_reply()}
         if talk.chat.fit_videos(talk.question) is not None:
             gr.Info(say(words, "frames_left_out", kept=_most_frames(talk), **known))
         last, talk.answering = 0.0, True

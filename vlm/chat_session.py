@@ -134,8 +134,8 @@ class ChatSession:
         limit, most = self._limit(), max((len(video.frames) for video in videos), default=0)
         if limit is None or not videos:
             return None
-        room = limit - self.sampling.max_new_tokens
-
+        reply = self.kept_for_reply()
+        room = limit - reply
         messages = [*self.messages, _message("user", text, self.waiting)]
         before = [self.processor.shown(medium) for _, medium in self.images]
 
@@ -150,8 +150,17 @@ class ChatSession:
         self.waiting = [(name, _thinned(medium, fitting)) for name, medium in self.waiting]
         return (
             f"{fitting} of {most} frames are looked at: question and reply have to fit the model's "
-            f"{limit} tokens, {self.sampling.max_new_tokens} of them for the reply"
+            f"{limit} tokens, {reply} of them for the reply"
         )
+
+    def kept_for_reply(self) -> int:
+        """Return how many tokens the frames of videos leave to the reply: half of them at most.
+
+        A reply may grow longer where there is room. Frames that make room for it are gone from the
+        conversation, also when the next reply may only be short.
+        """
+        limit, most = self._limit(), self.sampling.max_new_tokens
+        return most if limit is None else min(most, limit // 2)
 
     def ask(self, text: str) -> Generator[str]:
         """Add a question and yield the reply in pieces; the reply is kept, even if cut short.

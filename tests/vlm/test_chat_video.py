@@ -75,6 +75,20 @@ def test_as_many_frames_as_fit(session, clip):
     assert sum(1 for _ in session.ask("What moves?")) >= 0 and len(session.messages) == 2
 
 
+def test_a_long_reply_leaves_half_of_the_context_to_the_frames(session, clip):
+    """Which are left out for good: a later question with a shorter reply would miss them."""
+    session.model.config.text_config.max_position_embeddings = 300
+    session.sampling = Sampling(max_new_tokens=2048)
+    session.add_video(clip)
+    assert "tokens, 150 of them for the reply" in session.fit_videos("What moves?")
+    shown = ShownVideo(len(session.waiting[0][1].frames))
+    messages = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}
+    ]
+    length = session.processor.prompt_length(messages, [shown])
+    assert length <= 150 < length + 16
+
+
 def test_a_question_that_is_too_long_with_one_frame(session, clip):
     session.model.config.text_config.max_position_embeddings = 40
     session.add_video(clip)

@@ -94,11 +94,12 @@ def test_training_chat_and_counting_are_alike(made, video):
     assert processor.prompt_length(talk[:1], shown) == len(prompt)
 
 
-def test_frames_are_left_out_for_the_sentence_too(made, video):
+def test_frames_are_left_out_for_the_sentence_too(made, video, monkeypatch):
     model, processor = made
     asked = [{"role": "user", "content": entries("<video>", "What?")}]
     length = processor.prompt_length(asked, [processor.shown(video)])
-    session = ChatSession(model, processor, Sampling(max_new_tokens=1024 - length + 1))
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", length + 3)
+    session = ChatSession(model, processor, Sampling(max_new_tokens=4))
     session.add_video(video)
     assert "4 of 5 frames are looked at" in (session.fit_videos("What?") or "")
     (kept,) = (medium for _, medium in session.waiting)
