@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import UserError
+from vlm.video_cut import is_cut
 
 # Formats that hold their pictures themselves. A playlist (HLS, concat, SDP) names other files and
 # addresses, which a file from a stranger must not have opened.
@@ -238,14 +239,15 @@ def open_video(path: VideoPath, limits: VideoLimits, threads: int = 1) -> Iterat
     """Yield (container, stream) of a file whose header was checked.
 
     Raises:
-        UserError: PyAV is not installed, the file is empty, holds no moving pictures, or its header
-            says that they are more than the limits allow.
+        UserError: PyAV is not installed, the file is empty or cut short, holds no moving pictures,
+            or its header says that they are more than the limits allow.
     """
     av = pyav()
     with BytesIO(path.data) if isinstance(path, VideoBytes) else Path(path).open("rb") as file:
         if not file.read(1):
             raise UserError(f"video {path} is empty (0 bytes)", "video_empty", path=path)
-        file.seek(0)
+        if is_cut(file):
+            raise _damaged(path)
         options = {"format_whitelist": FORMATS}
         # A file object, not its name: names may be addresses to FFmpeg.
         with av.open(file, "r", container_options=options, metadata_errors="ignore") as container:
