@@ -17,7 +17,7 @@ from PIL import Image
 from eval.answering import Answer, Question
 from eval.protocols import Protocol
 from eval.samples import Row, SampleStore
-from eval.task import Example, Task
+from eval.task import Example, Task, told_with
 from vlm.answers import LETTERS
 from vlm.video import VideoSource
 
@@ -113,7 +113,8 @@ def _batches(
             blind = view == BLIND
             messages = task.prompt(example, plan.protocol, blind=blind)
             media = [] if blind else task.media(index)
-            encoded.append((example, answerer.encode(messages, media, example.choices)))
+            with told_with(task.where(index)):  # videos are decoded here
+                encoded.append((example, answerer.encode(messages, media, example.choices)))
         encoded.sort(key=lambda pair: (pair[1].length, pair[0].index))
         for first in range(0, len(encoded), plan.batch_size):
             batch = encoded[first : first + plan.batch_size]

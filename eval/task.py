@@ -6,7 +6,8 @@ arithmetic, so that no number appears in a report without the formula it came fr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from eval.protocols import Protocol
+from vlm.errors import UserError
 from vlm.video import VideoSource
 
 
@@ -51,6 +53,21 @@ class Formula:
     text: str  # the arithmetic, as printed beside the number
     by: str | None = None
     weights: Mapping[str, float] | None = None
+
+
+@contextmanager
+def told_with(where: str) -> Iterator[None]:
+    """Put before a fault's sentence where in the data it is.
+
+    Raises:
+        UserError: as it was raised, with its code and facts.
+    """
+    try:
+        yield
+    except UserError as error:
+        if where in str(error):
+            raise
+        raise UserError(f"{where}: {error}", error.code, **error.facts) from error
 
 
 class Task(ABC):
@@ -93,6 +110,10 @@ class Task(ABC):
         Which frames of a video are looked at is the model's affair; `images` may then be a strip.
         """
         return list(self.images(index))
+
+    def where(self, index: int) -> str:
+        """Return what errors call a question."""
+        return f"question {index}"
 
     @abstractmethod
     def label(self, indices: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from eval.ablation.runs import Run, Scoring, read_json
 from eval.protocols import PROTOCOLS
 from eval.runner import IMAGE
 from eval.samples import read_answers
-from eval.task import Task
+from eval.task import Task, told_with
 from vlm.done import write_note
 from vlm.errors import UserError
 from vlm.video import video_facts
@@ -179,12 +179,13 @@ def pictures_of(task: Task, indices: Sequence[int]) -> Counter[Medium]:
     for index in indices:
         media = task.media(index)
         siblings = sum(isinstance(each, Image.Image) for each in media)
-        found.update(
-            Picture(each.size, siblings)
-            if isinstance(each, Image.Image)
-            else Clip(video_facts(each).times)
-            for each in media
-        )
+        with told_with(task.where(index)):
+            found.update(
+                Picture(each.size, siblings)
+                if isinstance(each, Image.Image)
+                else Clip(video_facts(each).times)
+                for each in media
+            )
     return found
 
 

@@ -78,7 +78,12 @@ class CvBench(Task):
     def stored(self, index: int) -> tuple[Any, str, ParquetRows]:
         """Return what the column `shown` holds of a question, what errors call it, and its file."""
         table, row = self._place[index]
-        return table.heavy(row), f"{table.path}, row {row}", table
+        return table.heavy(row), self.where(index), table
+
+    def where(self, index: int) -> str:
+        """Return the question's file and row."""
+        table, row = self._place[index]
+        return f"{table.path}, row {row}"
 
     def images(self, index: int) -> list[Image.Image]:
         """Return the question's one picture."""

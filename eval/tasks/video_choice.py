@@ -16,7 +16,7 @@ from PIL import Image
 
 from eval.parquet_rows import ParquetRows
 from eval.protocols import Protocol
-from eval.task import DataFile, Example
+from eval.task import DataFile, Example, told_with
 from eval.tasks.cv_bench import CvBench
 from vlm.errors import UserError
 from vlm.file_hash import hash_file
@@ -58,7 +58,8 @@ class VideoChoice(CvBench):
         """Return some frames of the clip in one picture, for people."""
         stored, where, table = self.stored(index)
         source = _source(stored, table.path.parent, where)
-        frames = sample_video(source, num_frames=STRIP, target_size=112).frames
+        with told_with(where):
+            frames = sample_video(source, num_frames=STRIP, target_size=112).frames
         strip = Image.new("RGB", (sum(frame.width for frame in frames), frames[0].height))
         left = 0
         for frame in frames:
@@ -87,7 +88,8 @@ def _source(stored: Any, folder: Path, where: str) -> VideoSource:
     if isinstance(stored, bytes) and stored:
         return VideoBytes(stored, where)
     if isinstance(stored, str) and stored:
-        return with_frames(folder / stored)
+        with told_with(where):
+            return with_frames(folder / stored)
     if isinstance(stored, list) and stored and all(isinstance(each, str) for each in stored):
         return FrameFiles(tuple(folder / each for each in stored), FRAME_RATE, where)
     raise UserError(

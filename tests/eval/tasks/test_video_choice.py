@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from eval.ablation.gather import pictures_of
 from eval.answering import ModelAnswerer
 from eval.harness import evaluate
 from eval.protocols import OFFICIAL
@@ -68,6 +69,30 @@ def test_rows_without_a_video_are_told(tmp_path):
     pq.write_table(pa.Table.from_pylist([row(0, "gone.mp4")]), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"row 0: video .*gone\.mp4: No such file"):
         VideoChoice.open([tmp_path / "t.parquet"])
+
+
+def test_clips_that_cannot_be_read_are_told_with_their_row(data, tiny_vlm, tmp_path):
+    clip = data.parent / "clips/a.mp4"
+    pq.write_table(pa.Table.from_pylist([row(0, "clips/a.mp4"), row(1, "clips/cut.mp4")]), data)
+    (data.parent / "clips/cut.mp4").write_bytes(clip.read_bytes()[:-1500])
+    task = VideoChoice.open([data])
+    words = r"test\.parquet, row 1: video .*cut\.mp4 cannot be read"
+    with pytest.raises(UserError, match=words) as told:
+        task.images(1)
+    assert told.value.code == "video_damaged" and "cut.mp4" in str(told.value.facts["path"])
+    answerer = ModelAnswerer(*tiny_vlm, AnswerSettings(max_new_tokens=3))
+    plan = RunPlan(protocol=OFFICIAL, indices=(0, 1), batch_size=2)
+    with pytest.raises(UserError, match=words):
+        evaluate(task, answerer, answerer.settings, plan, tmp_path / "out", {})
+    with pytest.raises(UserError, match=words):
+        pictures_of(task, (0, 1))
+
+
+def test_a_folder_without_pictures_is_told_with_its_row(data):
+    (data.parent / "none").mkdir()
+    pq.write_table(pa.Table.from_pylist([row(0, "clips/a.mp4"), row(1, "none")]), data)
+    with pytest.raises(UserError, match=r"test\.parquet, row 1: .*none"):
+        VideoChoice.open([data])
 
 
 def test_clips_are_data_whose_change_is_noticed(data, make_clip):
