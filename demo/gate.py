@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from demo.limits import Limits
+from demo.talk import Talks
 from demo.told import is_disk_full
 from demo.visitors import Rates, address_of, is_logged_in, new_cookie, visitor_of
 from demo.wording import language_of, say
@@ -33,7 +34,8 @@ GET = {
     *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/logout"),
     *(f"{API}/queue/data", f"{API}/upload_progress", f"{API}/startup-events"),
 }
-GET_BELOW = ("/assets/", "/static/", "/svelte/", f"{API}/heartbeat/", FILE)
+HEARTBEAT = f"{API}/heartbeat/"  # a page holds such a connection as long as it is open
+GET_BELOW = ("/assets/", "/static/", "/svelte/", HEARTBEAT, FILE)
 # For handlers with `queue=False`, such as "Stop"; `demo.server` lets gradio refuse the others.
 DIRECT = f"{API}/run/predict"
 WITH_BODY = {JOIN, DIRECT, f"{API}/cancel", f"{API}/reset"}
@@ -144,9 +146,20 @@ def _is_in(path: Any, folder: Path) -> bool:
 class Gate:
     """ASGI middleware in front of gradio."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, folder: Path, local: bool) -> None:
-        """Guard an app; `folder` holds uploads, `local` is as in `check_route`."""
+    def __init__(
+        self, app: ASGIApp, limits: Limits, folder: Path, talks: Talks, local: bool
+    ) -> None:
+        """Guard an app.
+
+        Args:
+            app: gradio's.
+            limits: of uploads and requests.
+            folder: of uploads.
+            talks: are told whose page is open.
+            local: as in `check_route`.
+        """
         self.app, self.limits, self.folder, self.local = app, limits, folder, local
+        self.talks = talks
         of_each = (limits.max_requests, limits.max_requests_address)  # visitor, address
         self.asked = tuple(Rates(most) for most in of_each)
         self.direct = tuple(Rates(DIRECT_MORE * most) for most in of_each)
@@ -172,8 +185,11 @@ class Gate:
             return
         if path == JOIN:
             send = _told_when_full(send, headers)
+        session = path.removeprefix(HEARTBEAT)
+        is_page = self.talks.page_open(session) if session != path else nullcontext()
         try:
-            await self.app(scope, receive, send)
+            with is_page:
+                await self.app(scope, receive, send)
         except OSError as error:
             if path != UPLOAD or not is_disk_full(error):
                 raise

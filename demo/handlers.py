@@ -53,9 +53,9 @@ class Handlers:
                 the conversation that the page shows; nothing is kept.
         """
         words = language(request)
-        known, talk = talk, self.open_talk(talk, request)
-        if num_seen and talk is not known:
+        if num_seen and (talk is None or talk.is_gone):
             raise UserError(say(words, "gone"))
+        talk = self.open_talk(talk, request)
         text, system = question["text"].strip(), (system or "").strip()
         files = [Path(path) for path in question["files"]]
         self._check(text, files, "" if talk.chat.messages else system, talk, words)
@@ -113,7 +113,7 @@ class Handlers:
         Raises:
             UserError: there are too many visitors.
         """
-        if talk is None or not talk.folder.is_dir():
+        if talk is None or talk.is_gone:
             talk = begin(self.served, request.session_hash)
         if talk is None:
             raise UserError(say(language(request), "too_many_visitors"))
@@ -139,9 +139,11 @@ class Handlers:
         """Yield the conversation as the reply grows.
 
         Raises:
-            UserError: the question cannot be encoded, or the conversation is too long.
+            UserError: the question cannot be encoded, or the conversation is too long or gone.
         """
         words = language(request)
+        if talk.is_gone:
+            raise UserError(say(words, "gone"))
         if talk.question is None or talk.stopped:
             yield self._take_back(talk, request)
             return
@@ -170,7 +172,7 @@ class Handlers:
                 talk.question = question
             raise
         finally:
-            talk.answering = False
+            talk.answering, talk.used = False, time.monotonic()
         talk.question = None  # also where the reply is empty
         yield shown(talk, words), idle_box()
 

@@ -35,6 +35,8 @@ def mount_saving(page: Page, handlers: Handlers, second: gr.Chatbot | None) -> N
 
     def write(talk: Talk | None, request: gr.Request) -> str:
         words = language(request)
+        if talk is not None and talk.is_gone:
+            raise UserError(say(words, "gone"))
         path = None if talk is None else talk.folder / f"conversation-{secrets.token_hex(4)}.zip"
         beside = None if talk is None else talk.beside
         own = None if beside is None or beside.taken_over else beside.chat

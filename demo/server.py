@@ -91,7 +91,7 @@ def serving(
                 pwa=False,
                 mcp_server=False,
                 enable_monitoring=False,
-                app_kwargs={"middleware": [Middleware(Gate, limits, folder, local)]},
+                app_kwargs={"middleware": [Middleware(Gate, limits, folder, talks, local)]},
                 css=CSS,
                 js=SCRIPT,
                 theme=_theme(),

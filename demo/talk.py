@@ -2,9 +2,12 @@
 
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from vlm.image_processing import Medium
 from vlm.modeling import VlmForConditionalGeneration
 from vlm.processing import VlmProcessor
 from vlm.video import SampledVideo
+
+IDLE_SECONDS = 600  # after which the conversation of an open page makes room, if need be
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,12 @@ class Talk:
     asked: Asked | None = None  # the last question
     beside: "Talk | None" = None  # the same questions, put to a second model
     taken_over: int = 0  # messages at the beginning that the first model's conversation had
+    used: float = field(default_factory=time.monotonic)  # when it was asked or answered last
 
     def put(self, question: str) -> None:
         """Let a question be answered, about what is waiting."""
         self.question, self.stopped, chat = question, False, self.chat
+        self.used = time.monotonic()
         self.asked = Asked(
             *(list(chat.messages), list(chat.images), list(chat.waiting), question, chat.system)
         )
@@ -81,8 +88,17 @@ class Talk:
     @property
     def is_busy(self) -> bool:
         """Whether a question waits for its reply, or a model speaks."""
-        is_waiting = self.question is not None or self.answering
-        return is_waiting or (self.beside is not None and self.beside.answering)
+        return self.question is not None or self.is_answered
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a model speaks."""
+        return self.answering or (self.beside is not None and self.beside.answering)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it had to make room for another."""
+        return not self.folder.is_dir()
 
     def num_pictures(self) -> int:
         """Return how many pictures the conversation has, with those of the next question."""
@@ -94,36 +110,69 @@ class Talks:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._present: dict[str, Talk] = {}  # of pages that are open
-        self._left: list[Talk] = []  # of closed pages, which may come back for a while
+        self._kept: dict[str, Talk] = {}
+        self._open: Counter[str] = Counter()  # connections that pages hold while they are open
+        self._lock = threading.Lock()  # of `_kept`: handlers run in several threads
+
+    @contextmanager
+    def page_open(self, session: str) -> Iterator[None]:
+        """Know, while the block runs, that a session has an open page."""
+        self._open[session] += 1
+        try:
+            yield
+        finally:
+            self._open[session] -= 1
+            if not self._open[session]:
+                del self._open[session]
 
     def enter(self, session: str, talk: Talk) -> bool:
-        """Keep a new conversation, if need be in place of one that was left; False: no room."""
-        while len(self._present) + len(self._left) >= self._most and self._left:
-            _remove(self._left.pop(0))
-        if len(self._present) + len(self._left) >= self._most:
-            return False
-        self._present[session] = talk
+        """Keep a new conversation, if need be in place of one that is idle; False: no room."""
+        with self._lock:
+            before = self._kept.pop(session, None)
+            if before is not None:
+                _remove(before)
+            while len(self._kept) >= self._most:
+                idle = self._most_idle()
+                if idle is None:
+                    return False
+                _remove(self._kept.pop(idle))
+            self._kept[session] = talk
         return True
 
+    def _most_idle(self) -> str | None:
+        """Return whose conversation makes room.
+
+        At first those without an open page, which was closed or never was (a script makes up as
+        many sessions as it likes); then who has asked nothing for a while.
+        """
+        since = time.monotonic() - IDLE_SECONDS
+        idle = [
+            (session in self._open, talk.used, session)
+            for session, talk in self._kept.items()
+            if not talk.is_answered and (session not in self._open or talk.used < since)
+        ]
+        return min(idle)[2] if idle else None
+
     def leave(self, session: str | None) -> None:
-        """Stop the reply to a page that was closed; gradio calls `forget` an hour later."""
-        talk = self._present.pop(session or "", None)
+        """Stop the reply to a page that was closed; it may come back for a while.
+
+        Gradio calls `forget` an hour later.
+        """
+        talk = self._kept.get(session or "")
         if talk is not None:
             talk.stop()
-            self._left.append(talk)
 
     def stop_all(self) -> None:
         """End every reply."""
-        for talk in [*self._present.values(), *self._left]:
+        for talk in list(self._kept.values()):
             talk.stop()
 
     def forget(self, talk: Talk | None) -> None:
         """Remove a conversation and its pictures."""
         if talk is not None:
-            self._present = {key: kept for key, kept in self._present.items() if kept is not talk}
-            self._left = [kept for kept in self._left if kept is not talk]
-            _remove(talk)
+            with self._lock:
+                self._kept = {key: kept for key, kept in self._kept.items() if kept is not talk}
+                _remove(talk)
 
 
 def begin(served: Served, session: str | None) -> Talk | None:
@@ -133,9 +182,10 @@ def begin(served: Served, session: str | None) -> Talk | None:
     """
     chat = ChatSession(served.model, served.processor, Sampling())
     talk = Talk(chat, served.folder / f"talk-{secrets.token_urlsafe(16)}")
-    if not served.talks.enter(session or "", talk):
-        return None
     talk.folder.mkdir()
+    if not served.talks.enter(session or "", talk):
+        talk.folder.rmdir()
+        return None
     sweep_uploads(served.folder)
     return talk
 

@@ -3,6 +3,8 @@
 import http.client
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -10,6 +12,8 @@ import httpx
 import pytest
 
 from demo.gate import check_files, check_route
+from demo.limits import Limits
+from demo.server import Address, serving
 from demo.visitors import Rates
 
 HOST = "127.0.0.1:7860"
@@ -180,3 +184,25 @@ def test_no_handler_is_called_past_the_queue(demo):
         body = {"data": [None] * len(event["inputs"]), "fn_index": event["id"], "session_hash": "p"}
         answer = httpx.post(f"{demo.url}gradio_api/run/predict", json=body)
         assert (answer.status_code == 404) == bool(event["queue"]), (event["api_name"], answer.text)
+
+
+def test_invented_sessions_make_room_for_pages(demo, make_model):
+    """A page holds a connection while it is open; its conversation makes room for none of them."""
+    question = [{"text": "Hi", "files": []}, "", None, 0]
+    with serving("tiny", *make_model(), Limits(max_visitors=2), Address()) as url:
+        server = replace(demo, url=url)
+
+        def post(session: str) -> int | str:
+            output = server.call("_post", question, session)
+            return output["status"] if "data" in output else output["error"]
+
+        assert [post(f"made up {number}") for number in range(4)] == [200] * 4
+        with ExitStack() as pages:
+            held = []  # an iterator that is dropped closes its connection
+            for name in ("ann", "bob"):
+                where = f"{url}gradio_api/heartbeat/{name}"
+                held.append(pages.enter_context(httpx.stream("GET", where)).iter_lines())
+                assert "ALIVE" in next(held[-1])
+                assert post(name) == 200
+            assert "Too many people" in str(post("made up 5"))
+            assert "Wait for the reply" in str(post("ann")), "the conversation is still there"

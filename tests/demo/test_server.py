@@ -3,13 +3,17 @@
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import gradio as gr
 import httpx
 import pytest
 
 from demo import cli as demo_cli
+from demo.handlers import Handlers
 from demo.limits import Limits
-from demo.talk import Served, Talks, begin, sweep_uploads
+from demo.talk import IDLE_SECONDS, Served, Talks, begin, sweep_uploads
 from vlm.cli import main
 
 
@@ -64,14 +68,60 @@ def served(make_model, tmp_path: Path) -> Served:
 
 
 def test_conversations_are_so_many_and_those_left_make_room(served: Served):
-    first, second = begin(served, "a"), begin(served, "b")
-    assert first and second and begin(served, "c") is None
-    served.talks.leave("a")
-    assert first.stopped and first.folder.exists(), "the page may come back"
-    third = begin(served, "c")
-    assert third and not first.folder.exists() and second.folder.exists()
-    served.talks.forget(second)
-    assert not second.folder.exists() and begin(served, "d")
+    with served.talks.page_open("b"), served.talks.page_open("c"):
+        with served.talks.page_open("a"):
+            first, second = begin(served, "a"), begin(served, "b")
+            assert first and second and begin(served, "c") is None
+            assert len(list(served.folder.iterdir())) == 2
+            served.talks.leave("a")
+        assert first.stopped and first.folder.exists(), "the page may come back"
+        with served.talks.page_open("a"):
+            assert begin(served, "c") is None, "it did"
+        third = begin(served, "c")
+        assert third and first.is_gone and not second.is_gone
+        served.talks.forget(second)
+        assert second.is_gone and begin(served, "d")
+
+
+def test_sessions_that_a_script_makes_up_lock_nobody_out(served: Served):
+    made_up = [begin(served, f"x{number}") for number in range(5)]
+    assert sum(talk is not None and not talk.is_gone for talk in made_up) == 2
+    with served.talks.page_open("page"):
+        talk = begin(served, "page")
+        more = [begin(served, f"y{number}") for number in range(5)]
+        assert talk and not talk.is_gone and all(more)
+
+
+def test_whoever_made_room_is_told_so(served: Served):
+    request: Any = SimpleNamespace(headers={"accept-language": "en"}, session_hash="a")
+    talk, handlers = begin(served, "a"), Handlers(served)
+    assert talk
+    talk.put("What?")
+    assert all(begin(served, name) for name in "bc") and talk.is_gone
+    asked = {"text": "And?", "files": []}
+    for call in (
+        lambda: list(handlers.answer(talk, 0, 1, 2, 1, request)),
+        lambda: handlers.post(asked, "", talk, 1, request),
+        lambda: handlers.retry(SimpleNamespace(index=1), talk, request),
+    ):
+        with pytest.raises(gr.Error, match="no longer there"):
+            call()
+    assert len(list(served.folder.iterdir())) == 2, "no conversation was begun in its place"
+    box = handlers.take_back(talk, request)[1]
+    assert box["value"]["text"] == "What?"
+
+
+def test_an_open_page_makes_room_after_minutes_but_not_while_it_is_answered(served: Served):
+    with served.talks.page_open("a"), served.talks.page_open("b"):
+        first, second = begin(served, "a"), begin(served, "b")
+        assert first and second
+        first.used, second.used = (one.used - 2 * IDLE_SECONDS for one in (first, second))
+        first.answering = True
+        assert begin(served, "c") and second.is_gone and not first.is_gone
+        first.answering = False
+        with served.talks.page_open("c"):
+            first.put("What?")
+            assert begin(served, "d") is None, "both were used just now"
 
 
 def test_old_uploads_go_and_pictures_of_conversations_stay(served: Served):
