@@ -156,7 +156,7 @@ class Validation(TrainerCallback):
             raise UserError("validation: no record can be used; `vlm data check` tells why")
         if lost and not self.told:
             reason = f", such as {skipped[0].reason}" if skipped else ""
-            say(f"validation: {lost:.0f} records cannot be used and are left out{reason}")
+            say(f"validation: {lost:.0f} record(s) cannot be used and are left out{reason}")
             self.told = True
         return loss / tokens
 

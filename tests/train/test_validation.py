@@ -113,7 +113,7 @@ def test_records_that_cannot_be_used_are_told_and_not_counted(
     recipe = write_recipe(measured)
     log = log_of(recipe, tmp_path / "a")
     told = capsys.readouterr().out
-    assert told.count("validation: 2 records cannot be used and are left out, such as") == 1
+    assert told.count("validation: 2 record(s) cannot be used and are left out, such as") == 1
     held_out()
     assert log_of(recipe, tmp_path / "b")[-1]["validation_loss"] == pytest.approx(
         log[-1]["validation_loss"], rel=1e-6
