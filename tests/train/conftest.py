@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tqdm import tqdm
 
 from train.mfu import Meter
 from vlm.cli import main
@@ -140,6 +142,8 @@ def kill_when(tmp_path: Path) -> Callable[[Sequence[Any], Callable[[], bool]], N
 
 
 def _train(words: list[str], told: Path) -> None:
+    # tqdm's lock is shared with forks: one that is killed as it writes would leave it locked here.
+    tqdm.set_lock(threading.RLock())
     with told.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         main(["train", *words])
 
@@ -185,6 +189,7 @@ def _rank(rank: int, ranks: int, port: int, jobs: Sequence[Sequence[str]]) -> No
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ["MASTER_PORT"] = str(port)
+    tqdm.set_lock(threading.RLock())  # as in `_train`
     for words in jobs:
         assert main(["train", *words]) == 0, words
 
