@@ -67,6 +67,7 @@ def test_pictures_and_words_go_to_the_model_and_its_words_come_back(demo, open_p
     page.locator("#chat [aria-label=Submit]").click()
     page.get_by_text("Write a question first.").wait_for()
     settled(page)
+    page.get_by_text("How many?").wait_for()  # it comes back after the sentence
     assert page.get_by_text("How many?").count() == page.get_by_text("Two of them.").count() == 1
     page.click("#new-chat")
     page.get_by_text("Show a picture or a video, ask about it").wait_for()
